@@ -1,0 +1,1 @@
+"""Disaggregated expert parallelism: attention on one group of GPUs, experts on another. Empty so far."""

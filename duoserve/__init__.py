@@ -1,0 +1,20 @@
+"""DuoServe: run Mixture-of-Experts models whose experts do not fit in memory."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from duoserve.version import __version__
+
+if TYPE_CHECKING:
+    from duoserve.engine import Engine, load
+
+__all__ = ["Engine", "__version__", "load"]
+
+
+def __getattr__(name: str) -> Any:  # torch is imported when first needed, not by `import duoserve`
+    if name in __all__:
+        from duoserve import engine
+
+        return getattr(engine, name)
+    raise AttributeError(f"module 'duoserve' has no attribute {name!r}")

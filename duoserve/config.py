@@ -1,0 +1,75 @@
+"""What a user can ask of an engine, checked once. Knows names, sizes and defaults; knows nothing of models or machines."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, fields
+from typing import Any
+
+from duoserve.core import Refusal, nearest
+
+FORMATS = ("int4", "nf4", "bf16")
+DTYPES = ("bfloat16", "float32", "float16")
+DEVICES = ("auto", "cpu", "cuda")
+
+_UNITS = {"": 1, "b": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_BINARY = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def parse_size(text: str | int, what: str = "size") -> int:
+    """Bytes in `6GiB`, `500MB`, `12G` or a plain number; decimal units are powers of ten, `i` units powers of two."""
+    if isinstance(text, int):
+        return text
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", text.lower())
+    if not match or match[2] == "i":
+        raise Refusal("E_SIZE", f"{what} {text!r} is not a size", "write it like 6GiB, 500MiB or 12G")
+    return int(float(match[1]) * (_UNITS | _BINARY)[match[2]])
+
+
+def parse_count(text: str | int, what: str = "count") -> int:
+    """Tokens in `4096`, `4k` or `32k`; here k means 1024, as context lengths are written."""
+    if isinstance(text, int):
+        return text
+    match = re.fullmatch(r"\s*(\d+)\s*([km]?)\s*", text.lower())
+    if not match:
+        raise Refusal("E_COUNT", f"{what} {text!r} is not a number of tokens", "write it like 4096 or 32k")
+    return int(match[1]) * {"": 1, "k": 1024, "m": 1024**2}[match[2]]
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Options of `duoserve.load`; see there for their meaning."""
+
+    budget: str | int | None = None
+    format: str | None = None
+    dtype: str | None = None
+    device: str = "auto"
+    ctx: int | None = None
+    cache_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        _one_of("format", self.format, FORMATS)
+        _one_of("dtype", self.dtype, DTYPES)
+        _one_of("device", self.device, DEVICES)
+        if isinstance(self.budget, str) and self.budget not in ("min", "half") and not self.budget.strip().endswith("%"):
+            parse_size(self.budget, "budget")
+        if self.ctx is not None and self.ctx < 1:
+            raise Refusal("E_CTX", f"a context of {self.ctx} tokens holds nothing", "ask for at least 1, such as --ctx 4096")
+
+    @classmethod
+    def of(cls, **options: Any) -> EngineConfig:
+        """Build from keyword options; dtype may be a torch dtype, ctx may read like `32k`."""
+        names = tuple(f.name for f in fields(cls))
+        for name in options:
+            if name not in names:
+                raise Refusal("E_OPTION", f"unknown option {name!r}", nearest(name, names))
+        if options.get("dtype") is not None:
+            options["dtype"] = str(options["dtype"]).removeprefix("torch.")
+        if options.get("ctx") is not None:
+            options["ctx"] = parse_count(options["ctx"], "ctx")
+        return cls(**options)
+
+
+def _one_of(name: str, value: str | None, known: tuple[str, ...]) -> None:
+    if value is not None and value not in known:
+        raise Refusal("E_OPTION", f"unknown {name} {value!r}", nearest(str(value), known))

@@ -1,0 +1,92 @@
+"""A conversation that keeps its keys and values between turns, so that only new tokens are read again. Knows messages and
+one engine; knows nothing of terminals.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+
+from duoserve.engine import Answer, Engine
+
+
+class Conversation:
+    """Turns of one chat. `messages` is what the template sees: {"role", "content"}, oldest first.
+
+    Reading only what is new computes old tokens in another batch shape than reading all at once would; in bfloat16 an
+    answer may therefore differ from `Engine.generate` on the same messages. `reuse=False` reads all, every time.
+    """
+
+    def __init__(self, engine: Engine, system: str | None = None, reuse: bool = True):
+        self.engine, self.reuse = engine, reuse
+        self.system = system
+        self.messages: list[dict[str, str]] = []
+        self.reused_tokens = 0
+        self._ids: list[int] = []
+        self._cache: Any = None
+
+    def say(self, text: str, **options: Any) -> Answer:
+        """Add the user's text, answer it, add the answer. A cancelled answer stays as far as it came.
+
+        `options` as in `Engine.generate`. Raises what that raises, with the user's text taken back.
+        """
+        self.messages.append({"role": "user", "content": text})
+        try:
+            answer = self._answer(**options)
+        except BaseException:
+            self.messages.pop()
+            raise
+        self.messages.append({"role": "assistant", "content": answer.text})
+        return answer
+
+    def retry(self, **options: Any) -> Answer | None:
+        """Answer the last user text again; None where there was none."""
+        if not self.messages:
+            return None
+        del self.messages[-1:]
+        text = self.messages.pop()["content"]
+        return self.say(text, **options)
+
+    def clear(self) -> None:
+        """Forget all turns; the system message stays."""
+        self.messages.clear()
+        self._ids, self._cache = [], None
+
+    def prompt(self) -> str | list[dict[str, str]]:
+        """What the model reads: messages where it has a chat template, else the texts one after the other."""
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        if self.engine.tokenizer is not None and self.engine.tokenizer.chat_template:
+            return system + self.messages
+        return "\n\n".join(message["content"] for message in system + self.messages)
+
+    def _answer(self, **options: Any) -> Answer:
+        prompt = self.prompt()
+        if not self.reuse:
+            return self.engine.generate(prompt, **options)
+        ids = self.engine.encode(prompt)[0].tolist()
+        cache, self._cache = self._kept(ids), None  # an interrupted pass leaves the cache half written: forget it
+        answer = self.engine.generate(prompt, past_key_values=cache, **options)
+        self._ids, self._cache = (ids + answer.token_ids)[: cache.get_seq_length()], cache
+        return answer
+
+    def _kept(self, ids: list[int]) -> Any:
+        """The cache of the longest common beginning, cropped to it, or a new one where it cannot be cropped."""
+        same = next((i for i, (a, b) in enumerate(zip(self._ids, ids, strict=False)) if a != b), min(len(self._ids), len(ids)))
+        same = min(same, len(ids) - 1)
+        cache = self._cache
+        if cache is not None and 0 < same < len(self._ids):
+            if all(type(layer) is transformers.cache_utils.DynamicLayer for layer in cache.layers):
+                cache.crop(same)
+            else:
+                cache = None
+        if cache is None or same == 0:
+            cache, same = transformers.DynamicCache(config=self.engine.model.config.get_text_config()), 0
+        self.reused_tokens = same
+        return cache
+
+
+def seed(value: int) -> None:
+    """Make sampling repeatable."""
+    torch.manual_seed(value)

@@ -1,0 +1,1 @@
+"""A small trained MoE that ships with the package; see README.md here."""

@@ -1,0 +1,317 @@
+"""The machine, and the only file that names CUDA, pinned memory, streams or threads.
+
+A device has a compute stream, a copy stream, arenas of memory, and one way to wait for its data (`read`). Work is handed
+over as `stream.submit(fn, after=events, lane=..., cost=...) -> Event`. It knows nothing of experts, slots or files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import threading
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from duoserve.core import Lane, Refusal
+
+PAGE = 4096  # direct reads want addresses, offsets and lengths in multiples of this
+PIN_CHUNK = 256 << 20  # bytes registered per call: one failing call must not cost the whole pool
+
+
+class Event:
+    """Something that will have happened. On a GPU: first `issued` by the host, later done on the device."""
+
+    __slots__ = ("_issued", "_mark", "error")
+
+    def __init__(self) -> None:
+        self._issued = threading.Event()
+        self._mark: torch.cuda.Event | None = None
+        self.error: BaseException | None = None
+
+    def set(self, mark: torch.cuda.Event | None = None, error: BaseException | None = None) -> None:
+        self._mark, self.error = mark, error
+        self._issued.set()
+
+    @property
+    def done(self) -> bool:
+        return self._issued.is_set() and (self._mark is None or self._mark.query())
+
+    def wait(self) -> None:
+        """Block this host thread until it happened; raises what the work raised."""
+        self._issued.wait()
+        if self.error is not None:
+            raise self.error
+        if self._mark is not None:
+            self._mark.synchronize()
+
+    def order(self, stream: torch.cuda.Stream | None) -> None:
+        """Make later work wait: on `stream` for device marks, on this thread for anything the host does."""
+        self._issued.wait()
+        if self.error is not None:
+            raise self.error
+        if self._mark is not None:
+            stream.wait_event(self._mark) if stream is not None else self._mark.synchronize()
+
+
+def _happened() -> Event:
+    event = Event()
+    event.set()
+    return event
+
+
+DONE = _happened()  # what holds before anything was submitted
+
+
+@dataclass
+class _Job:
+    fn: Callable[[], Any]
+    after: tuple[Event, ...]
+    event: Event
+    cost: int
+
+
+class InlineStream:
+    """Runs work on the submitting thread, in order; on CUDA that is the current stream of that thread."""
+
+    def __init__(self, cuda: bool = False):
+        self._cuda = cuda
+
+    def submit(
+        self, fn: Callable[[], Any], after: Iterable[Event] = (), lane: Lane = Lane.DEMAND, cost: int = 0
+    ) -> Event:
+        """Run `fn` once all of `after` happened; exceptions rise here."""
+        stream = torch.cuda.current_stream() if self._cuda else None
+        for event in after:
+            event.order(stream)
+        fn()
+        if stream is None:
+            return DONE
+        event = Event()
+        event.set(mark=stream.record_event())
+        return event
+
+    def close(self) -> None: ...
+
+
+class WorkerStream:
+    """Worker threads behind two queues: whatever lies in `DEMAND` overtakes all of `AHEAD`.
+
+    Work of one lane starts in the order of submission; with several threads it may finish in another.
+    """
+
+    def __init__(self, name: str, threads: int = 1, cuda: bool = False):
+        self._lanes: dict[Lane, deque[_Job]] = {lane: deque() for lane in Lane}
+        self._wake = threading.Condition()
+        self._closed = False
+        self._cuda = torch.cuda.Stream() if cuda else None
+        self._active = 0
+        self._busy_since = 0.0
+        self.busy_s = 0.0  # seconds with at least one job running
+        self.cost_done = 0
+        self._threads = [
+            threading.Thread(target=self._work, name=f"duoserve-{name}-{i}", daemon=True) for i in range(threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(
+        self, fn: Callable[[], Any], after: Iterable[Event] = (), lane: Lane = Lane.DEMAND, cost: int = 0
+    ) -> Event:
+        """Queue `fn` behind its lane; it starts once all of `after` happened. What it raises, `Event.wait` raises."""
+        job = _Job(fn, tuple(after), Event(), cost)
+        with self._wake:
+            if self._closed:
+                raise RuntimeError("the stream is closed: the engine was shut down")
+            self._lanes[lane].append(job)
+            self._wake.notify()
+        return job.event
+
+    def cancel(self, event: Event) -> bool:
+        """Take a job that nobody started out of the AHEAD queue; False where it is too late."""
+        with self._wake:
+            for job in self._lanes[Lane.AHEAD]:
+                if job.event is event:
+                    self._lanes[Lane.AHEAD].remove(job)
+                    event.set()
+                    return True
+        return False
+
+    def promote(self, event: Event) -> None:
+        """A guess turned out to be needed: move its job, if still queued, to the DEMAND lane."""
+        with self._wake:
+            for job in self._lanes[Lane.AHEAD]:
+                if job.event is event:
+                    self._lanes[Lane.AHEAD].remove(job)
+                    self._lanes[Lane.DEMAND].append(job)
+                    return
+
+    def close(self) -> None:
+        with self._wake:
+            self._closed = True
+            self._wake.notify_all()
+        for thread in self._threads:
+            thread.join(timeout=5)
+
+    def _next(self) -> _Job | None:
+        with self._wake:
+            while True:
+                for lane in Lane:
+                    if self._lanes[lane]:
+                        return self._lanes[lane].popleft()
+                if self._closed:
+                    return None
+                self._wake.wait()
+
+    def _work(self) -> None:
+        while (job := self._next()) is not None:
+            try:
+                for event in job.after:
+                    event.order(self._cuda)
+                self._enter()
+                try:
+                    with torch.cuda.stream(self._cuda) if self._cuda is not None else contextlib.nullcontext():
+                        job.fn()
+                finally:
+                    self._leave(job.cost)
+                job.event.set(mark=self._cuda.record_event() if self._cuda is not None else None)
+            except BaseException as error:  # handed to whoever waits for the event
+                job.event.set(error=error)
+
+    def _enter(self) -> None:
+        with self._wake:
+            if self._active == 0:
+                self._busy_since = time.perf_counter()
+            self._active += 1
+
+    def _leave(self, cost: int) -> None:
+        with self._wake:
+            self._active -= 1
+            self.cost_done += cost
+            if self._active == 0:
+                self.busy_s += time.perf_counter() - self._busy_since
+
+
+def host_arena(n_bytes: int) -> torch.Tensor:
+    """Page-aligned host memory as a flat uint8 tensor, taken once and untouched until used."""
+    if n_bytes == 0:
+        return torch.empty(0, dtype=torch.uint8)
+    return torch.frombuffer(mmap.mmap(-1, n_bytes), dtype=torch.uint8)
+
+
+class ThreadDevice:
+    """The CPU as a device: slots are a bounded arena in RAM, copies are direct reads by worker threads.
+
+    Compute runs on the calling thread. `threaded_compute` gives it a worker of its own, so that a test can slow it and
+    see whether copies wait for the readers of a slot.
+    """
+
+    name = "cpu"
+    torch_device = torch.device("cpu")
+    has_host_tier = False
+
+    def __init__(self, copy_threads: int = 2, threaded_compute: bool = False):
+        self.compute: InlineStream | WorkerStream = WorkerStream("compute") if threaded_compute else InlineStream()
+        self.copy = WorkerStream("copy", copy_threads)
+
+    def arena(self, n_bytes: int) -> torch.Tensor:
+        return host_arena(n_bytes)
+
+    def read(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+    def free_bytes(self) -> int:
+        return available_ram()
+
+    def close(self) -> None:
+        self.copy.close()
+        self.compute.close()
+
+
+class CudaDevice:
+    """One NVIDIA GPU: slots in device memory, slabs copied from registered host memory on a stream of their own."""
+
+    name = "cuda"
+    has_host_tier = True
+
+    def __init__(self, copy_threads: int = 2):
+        if not torch.cuda.is_available():
+            raise Refusal("E_DEVICE", "no CUDA GPU can be used here (0 found)", "run with --device cpu", 7)
+        self.torch_device = torch.device("cuda", torch.cuda.current_device())
+        self.compute = InlineStream(cuda=True)
+        self.copy = WorkerStream("copy", copy_threads, cuda=True)
+        self.disk = WorkerStream("disk", copy_threads)
+        self._warned = False
+
+    def arena(self, n_bytes: int) -> torch.Tensor:
+        return torch.empty(n_bytes, dtype=torch.uint8, device=self.torch_device)
+
+    def read(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to("cpu")
+
+    def free_bytes(self) -> int:
+        return torch.cuda.mem_get_info(self.torch_device)[0]
+
+    def pin(self, memory: torch.Tensor) -> int:
+        """Register filled host memory for direct copies, in chunks; returns the bytes that could be registered."""
+        pinned = 0
+        for start in range(0, memory.numel(), PIN_CHUNK):
+            chunk = memory[start : start + PIN_CHUNK]
+            if not _register(chunk.data_ptr(), chunk.numel()):
+                self._warn_pageable(pinned, memory.numel())
+                break
+            pinned += chunk.numel()
+        return pinned
+
+    def close(self) -> None:
+        self.copy.close()
+        self.disk.close()
+
+    def _warn_pageable(self, pinned: int, total: int) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"only {pinned >> 20} of {total >> 20} MiB of host slabs could be pinned; the rest is copied pageable, slower",
+                stacklevel=3,
+            )
+
+
+def _register(address: int, n_bytes: int) -> bool:
+    try:
+        from cuda.bindings import runtime  # type: ignore[import-not-found]
+    except ImportError:
+        return int(torch.cuda.cudart().cudaHostRegister(address, n_bytes, 0)) == 0
+    (status,) = runtime.cudaHostRegister(address, n_bytes, 0)
+    return int(status) == 0
+
+
+Device = ThreadDevice | CudaDevice
+
+
+def open_device(name: str) -> Device:
+    """`auto` takes the GPU where there is one."""
+    if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
+        return CudaDevice()
+    return ThreadDevice()
+
+
+def available_ram() -> int:
+    """Bytes this process may still take: what the kernel calls available, or less where a control group caps it."""
+    with open("/proc/meminfo") as lines:
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    for limit, usage in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        if os.path.exists(limit) and os.path.exists(usage):
+            with open(limit) as top, open(usage) as now:
+                cap = top.read().strip()
+                if cap != "max":
+                    free = min(free, max(0, int(cap) - int(now.read())))
+    return free

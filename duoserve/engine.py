@@ -1,0 +1,317 @@
+"""Load a model and answer with it. Knows prompts, text, sampling and figures; knows nothing of slots or files."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+import transformers
+
+from duoserve.checkpoint import quiet, read_config, resolve
+from duoserve.config import EngineConfig
+from duoserve.convert import Progress, convert
+from duoserve.core import Refusal, nearest
+from duoserve.device import Device, open_device
+from duoserve.model import load_model
+from duoserve.moe import Cancelled
+from duoserve.plan import Plan, make_plan
+from duoserve.store import Store, is_store
+
+DEMO = Path(__file__).parent / "demo"
+DEFAULT_NEW_TOKENS = 512
+CPU_MARGIN, GPU_MARGIN = (4 << 30, 0.10), (1 << 30, 0.05)  # left free where no budget is given: at least bytes, share
+
+Prompt = str | Sequence[dict[str, str]]
+__all__ = ["Answer", "Engine", "load"]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came back, and how long it took. `finish` is "stop", "length" or "cancelled".
+
+    `ttft_s`: seconds from the call to the first token. `decode_tok_s`: tokens after the first, per second; None where
+    there was only one.
+    """
+
+    text: str
+    prompt_tokens: int
+    new_tokens: int
+    ttft_s: float
+    decode_tok_s: float | None
+    finish: str
+    token_ids: list[int] = field(default_factory=list, repr=False)
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def load(model: str | os.PathLike[str] | None = None, *, progress: Progress | None = None, **options: Any) -> Engine:
+    """Open MODEL (checkpoint folder, expert store, hub id, or None for the demo) within a memory budget.
+
+    Options: `budget` "6GiB", "15%" (of the bf16 checkpoint), "min" (two slots), "half" (of the experts), or bytes;
+    without one, what is free now less a margin. It covers trunk, slots and the keys and values of `ctx` tokens. `format` int4 (default), nf4, bf16: of the
+    experts, converted once and kept in `cache_dir`. `dtype` of trunk and arithmetic (default: bfloat16); with
+    "float32" and no `format`, experts stay unquantised, so that logits equal the stock float32 model's. `device` auto,
+    cpu, cuda. Unknown options, and budgets below the smallest, raise `Refusal` (a ValueError) of one line.
+    """
+    quiet()
+    config = EngineConfig.of(**options)
+    folder = DEMO if model is None else resolve(model)
+    device = open_device(config.device)
+    try:
+        store = Store(folder if is_store(folder) else _converted(folder, config, progress))
+        if config.format is not None and store.format != config.format:
+            raise Refusal("E_FORMAT", f"the store's format is {store.format}, asked was {config.format}", "convert the checkpoint again")
+        model_config = read_config(store.folder)
+        dtype = getattr(torch, config.dtype or ("bfloat16" if store.dtype == "float32" else store.dtype))
+        plan = make_plan(store, model_config, dtype, config, _free(device), default="half" if model is None else None)
+        return Engine(store, model_config, plan, dtype, device)
+    except BaseException:
+        device.close()
+        raise
+
+
+class Engine:
+    """A loaded model. `.model` is a stock transformers model whose experts are ours; `.tokenizer` its tokenizer, or None."""
+
+    def __init__(self, store: Store, config: Any, plan: Plan, dtype: torch.dtype, device: Device):
+        self.store, self.plan, self.dtype, self.device = store, plan, dtype, device
+        loaded = load_model(store, config, plan, dtype, device)
+        self.model, self.runtime, self._watch = loaded
+        self.tokenizer = _tokenizer(store.folder)
+        self._turn = threading.Lock()
+        self._last: Answer | None = None
+
+    def generate(self, prompt: Prompt | None = None, *, on_text: Callable[[str], None] | None = None,
+                 on_layer: Callable[[int, int], None] | None = None, cancelled: Callable[[], bool] | None = None,
+                 **options: Any) -> Any:  # fmt: skip
+        """Answer a text, or a list of chat messages ({"role", "content"}), with an `Answer`.
+
+        `options` go to transformers' `generate` (max_new_tokens, do_sample, temperature, prompt_lookup_num_tokens, ...);
+        unknown ones are refused. `on_text` receives the text piece by piece; `on_layer(done, all)` follows the reading of
+        the prompt; `cancelled` is asked after every token, and after every layer of the prompt.
+        Called without a prompt, with `input_ids=`, this is `model.generate` itself and returns its tensor.
+        """
+        if prompt is None:
+            with torch.inference_mode(), self._turn:
+                return self.model.generate(**options)
+        ids_1S = self.encode(prompt)
+        room = self.plan.ctx - ids_1S.shape[1]
+        if room < 1:
+            raise Refusal("E_CTX", f"the prompt has {ids_1S.shape[1]} tokens, the context {self.plan.ctx}",
+                          "shorten it, or load with a larger --ctx", 4)  # fmt: skip
+        asked = options.pop("max_new_tokens", None)
+        _check_options(options)
+        limit = min(room, asked if asked is not None else DEFAULT_NEW_TOKENS)
+        meter = _Meter(self._text_tokenizer(), on_text)
+        stop = transformers.StoppingCriteriaList([_Cancel(cancelled)]) if cancelled else None
+        with torch.inference_mode(), self._turn, self.runtime.following(on_layer, cancelled):
+            meter.start()
+            try:
+                out = self.model.generate(
+                    input_ids=ids_1S,
+                    attention_mask=torch.ones_like(ids_1S),
+                    max_new_tokens=limit,
+                    streamer=meter,
+                    stopping_criteria=stop,
+                    **({"pad_token_id": self._pad()} | options),
+                )
+            except Cancelled:
+                out = ids_1S
+        self._last = self._answer(meter, ids_1S.shape[1], out[0, ids_1S.shape[1] :], limit, bool(cancelled and cancelled()))
+        return self._last
+
+    def stream(self, prompt: Prompt, **options: Any) -> Iterator[str]:
+        """The answer's text, piece by piece as it is made. Closing the iterator stops the generation."""
+        pieces: SimpleQueue[str | BaseException | None] = SimpleQueue()
+        closed = threading.Event()
+
+        def work() -> None:
+            try:
+                self.generate(prompt, on_text=pieces.put, cancelled=closed.is_set, **options)
+                pieces.put(None)
+            except BaseException as error:  # handed to the reader
+                pieces.put(error)
+
+        worker = threading.Thread(target=work, name="duoserve-stream", daemon=True)
+        worker.start()
+        try:
+            while (piece := pieces.get()) is not None:
+                if isinstance(piece, BaseException):
+                    raise piece
+                yield piece
+        finally:
+            closed.set()
+            worker.join()
+
+    def encode(self, prompt: Prompt) -> torch.Tensor:
+        """Token ids (1, S) of a text, or of messages through the model's chat template."""
+        tokenizer = self._text_tokenizer()
+        if isinstance(prompt, str):
+            ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        else:
+            if not tokenizer.chat_template:
+                raise Refusal("E_TEMPLATE", "the model has 0 chat templates", "pass a text instead of messages")
+            ids = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, return_tensors="pt", return_dict=True)["input_ids"]
+        if ids.shape[1] == 0:
+            raise Refusal("E_PROMPT", "the prompt has 0 tokens", "write at least one word")
+        return ids.to(self.device.torch_device)
+
+    def stats(self) -> dict[str, Any]:
+        """Figures since loading: experts hit, in flight, missed; bytes; planned against used memory. Bytes and seconds."""
+        counts = self.runtime.transfer.counts()
+        copy, last = self.device.copy, self._last
+        used = {
+            "trunk_bytes": trunk_bytes(self.model),
+            "kv_bytes": self._watch.kv_peak_bytes,
+            "slots_bytes": self.runtime.transfer.memory.numel(),
+        }
+        planned = {
+            "trunk_bytes": self.plan.trunk_bytes,
+            "kv_bytes": self.plan.kv_bytes,
+            "slots_bytes": self.plan.slots * self.plan.slot_bytes,
+        }
+        return {
+            "prompt_tokens": last.prompt_tokens if last else 0,
+            "new_tokens": last.new_tokens if last else 0,
+            "ttft_s": last.ttft_s if last else None,
+            "decode_tok_s": last.decode_tok_s if last else None,
+            "residency": self.plan.residency,
+            "slots": self.plan.slots,
+            "experts": self.plan.experts,
+            "ctx": self.plan.ctx,
+            "format": self.store.format,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": self.device.name,
+            "hits": counts.hits,
+            "in_flight": counts.in_flight,
+            "misses": counts.misses,
+            "guesses": counts.guesses,
+            "evictions": self.runtime.cache.evictions,
+            "bytes_moved": copy.cost_done,
+            "link_busy_s": copy.busy_s,
+            "link_gbps": copy.cost_done / copy.busy_s / 1e9 if copy.busy_s else None,
+            "budget_bytes": self.plan.budget_bytes,
+            "planned_bytes": sum(planned.values()),
+            "used_bytes": sum(used.values()),
+            "planned": planned,
+            "used": used,
+            "steps": self.runtime.steps,
+        }
+
+    def close(self) -> None:
+        """Stop the worker threads and close the store's files; the engine cannot be used afterwards."""
+        self.device.close()
+        self.store.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self.close()
+
+    def _text_tokenizer(self) -> Any:
+        if self.tokenizer is None:
+            raise Refusal("E_TOKENIZER", f"{self.store.folder} has 0 tokenizer files", "pass input_ids, or add the tokenizer", 3)
+        return self.tokenizer
+
+    def _pad(self) -> int | None:
+        config = self.model.generation_config
+        if config.pad_token_id is not None:
+            return int(config.pad_token_id)
+        eos = config.eos_token_id
+        return eos[0] if isinstance(eos, list) else eos
+
+    def _answer(self, meter: _Meter, prompt_tokens: int, new_ids: torch.Tensor, limit: int, cancelled: bool) -> Answer:
+        n = int(new_ids.shape[0])
+        eos = self.model.generation_config.eos_token_id
+        ended = n > 0 and int(new_ids[-1]) in ((eos if isinstance(eos, list) else [eos]) if eos is not None else [])
+        text = self._text_tokenizer().decode(new_ids, skip_special_tokens=True)
+        finish = "stop" if ended else "cancelled" if cancelled else "length" if n >= limit else "stop"
+        return Answer(text, prompt_tokens, n, meter.ttft_s, meter.rate(n), finish, new_ids.tolist())
+
+
+def trunk_bytes(model: Any) -> int:
+    """Bytes of everything of the model that is resident: parameters and buffers, tied ones once."""
+    tensors = {t.data_ptr(): t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())}
+    return sum(tensors.values())
+
+
+class _Meter(transformers.TextStreamer):
+    """Passes text on as it becomes whole words or lines, and notes when tokens came."""
+
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None] | None):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._on_text = on_text
+        self._began = self._first = self._latest = 0.0
+
+    def start(self) -> None:
+        self._began = time.perf_counter()
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self.next_tokens_are_prompt:
+            self._latest = time.perf_counter()
+            self._first = self._first or self._latest
+        super().put(value)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if self._on_text and text:
+            self._on_text(text)
+
+    @property
+    def ttft_s(self) -> float:
+        return self._first - self._began if self._first else 0.0
+
+    def rate(self, n: int) -> float | None:
+        return (n - 1) / (self._latest - self._first) if n > 1 and self._latest > self._first else None
+
+
+class _Cancel(transformers.StoppingCriteria):
+    def __init__(self, cancelled: Callable[[], bool]):
+        self._cancelled = cancelled
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.full((input_ids.shape[0],), self._cancelled(), dtype=torch.bool, device=input_ids.device)
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    known = set(transformers.GenerationConfig().to_dict()) | {"logits_processor", "generation_config", "assistant_model", "past_key_values"}
+    for name in options:
+        if name not in known:
+            raise Refusal("E_OPTION", f"unknown generation option {name!r}", nearest(name, sorted(known)))
+
+
+def _converted(folder: Path, config: EngineConfig, progress: Progress | None) -> Path:
+    """The store of a checkpoint in the cache folder, made there if need be."""
+    from duoserve.checkpoint import Checkpoint
+
+    format = config.format or ("bf16" if config.dtype == "float32" else "int4")
+    plain = config.dtype or "bfloat16"
+    name = f"{folder.resolve().name}-{Checkpoint(folder).fingerprint()[:12]}-{format}" + ("-f32" if plain == "float32" else "")
+    return convert(folder, cache_dir(config.cache_dir) / name, format, plain, progress)
+
+
+def cache_dir(asked: str | None = None) -> Path:
+    """Where converted stores are kept: `asked`, or $DUOSERVE_CACHE, or the user's cache folder."""
+    import platformdirs
+
+    return Path(asked or os.environ.get("DUOSERVE_CACHE") or platformdirs.user_cache_dir("duoserve")) / "stores"
+
+
+def _tokenizer(folder: Path) -> Any:
+    if not any(folder.glob("tokenizer*")):
+        return None
+    return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+def _free(device: Device) -> int:
+    least, share = CPU_MARGIN if device.name == "cpu" else GPU_MARGIN
+    free = device.free_bytes()
+    return max(0, free - max(least, int(share * free)))

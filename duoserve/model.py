@@ -1,0 +1,109 @@
+"""A stock transformers model whose routed experts are ours. Knows how the parts come together: store, plan, device, cache,
+transfer, runtime; knows nothing of prompts and text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+
+from duoserve.cache import ExpertCache
+from duoserve.checkpoint import build_meta, cache_bytes, find_experts, load_trunk, replace_module
+from duoserve.core import Phase, Refusal, Step
+from duoserve.device import Device, available_ram
+from duoserve.moe import OffloadedExperts, Runtime
+from duoserve.plan import Plan
+from duoserve.store import Store
+from duoserve.transfer import HostTier, Transfer
+
+RAM_MARGIN = 4 << 30  # left to the rest of the machine, or a tenth of what is free where that is more
+
+
+class Loaded(NamedTuple):
+    model: Any
+    runtime: Runtime
+    watch: PassWatch
+
+
+def load_model(store: Store, config: Any, plan: Plan, dtype: torch.dtype, device: Device) -> Loaded:
+    """Build on meta, take the experts out, fill the trunk; the slots are allocated here, once."""
+    model = build_meta(config, dtype)
+    specs = find_experts(model)
+    if [spec.name for spec in specs] != [layer.module for layer in store.layers]:
+        raise Refusal("E_STORE", f"the store has {len(store.layers)} MoE layers, its config describes {len(specs)}",
+                      "convert the model again", 5)  # fmt: skip
+    cache = ExpertCache(plan.slots)
+    runtime = Runtime(device, cache, Transfer(device, store, cache, _host_tier(device, store)))
+    for layer, spec in enumerate(specs):
+        replace_module(model, spec.name, OffloadedExperts(spec.module, layer, runtime))
+    load_trunk(model, store.trunk, dtype, device.torch_device)
+    if (store.folder / "generation_config.json").is_file():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(store.folder)
+    watch = PassWatch(runtime, plan)
+    model.register_forward_pre_hook(watch.before, with_kwargs=True)
+    model.register_forward_hook(watch.after, with_kwargs=True)
+    return Loaded(model, runtime, watch)
+
+
+def _host_tier(device: Device, store: Store) -> HostTier | None:
+    if not device.has_host_tier:
+        return None
+    free = available_ram()
+    room = max(0, free - max(RAM_MARGIN, free // 10)) // store.slab_bytes
+    tier = HostTier(device, store, max(2, min(store.n_experts, room)))
+    tier.fill()
+    return tier
+
+
+class PassWatch:
+    """Turns each forward pass into a Step, and keeps keys and values within what was planned for them.
+
+    The seam sees flat rows only; request, position and padding are known here.
+    """
+
+    def __init__(self, runtime: Runtime, plan: Plan):
+        self._runtime, self._plan = runtime, plan
+        self.kv_peak_bytes = 0
+        self.on_progress: Callable[[Step], None] | None = None
+
+    def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        shape = ids if ids is not None else kwargs.get("inputs_embeds")
+        if shape is None:
+            return
+        batch, length = shape.shape[:2]
+        past = kwargs.get("past_key_values")
+        before = int(past.get_seq_length()) if past is not None else 0
+        if past is not None and kwargs.get("use_cache") is not False:
+            self._check_room(batch, before + length)
+        phase = Phase.DECODE if before and length == 1 else Phase.DECODE if before and length < 16 else Phase.PREFILL
+        step = Step(self._runtime.steps, phase, batch * length)
+        if self._runtime.observers:
+            self._describe(step, ids, batch, length, before, kwargs)
+        self._runtime.begin(step)
+
+    def after(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        cache = getattr(output, "past_key_values", None)
+        if cache is not None:
+            self.kv_peak_bytes = max(self.kv_peak_bytes, cache_bytes(cache))
+        self._runtime.finish()
+
+    def _check_room(self, batch: int, length: int) -> None:
+        if batch * length > self._plan.ctx:
+            raise Refusal("E_CTX", f"{batch} x {length} tokens do not fit the {self._plan.ctx} tokens planned for keys and values",
+                          "load with a larger --ctx", 4)  # fmt: skip
+
+    def _describe(self, step: Step, ids: Any, batch: int, length: int, before: int, kwargs: dict[str, Any]) -> None:
+        read = self._runtime.device.read
+        mask = kwargs.get("attention_mask")
+        positions = kwargs.get("position_ids")
+        step.ids_BS = read(ids) if ids is not None else None
+        if positions is not None:
+            step.positions_BS = read(positions).expand(batch, length)
+        else:
+            step.positions_BS = torch.arange(before, before + length).expand(batch, length)
+        if mask is not None and mask.ndim == 2:
+            step.padding_BS = read(mask)[:, -length:] == 0

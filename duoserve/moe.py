@@ -1,0 +1,145 @@
+"""The seam: what stands in a stock model where its routed experts were. Reads a layer's route once, lets prefill or
+decode bring the experts past, and hands the arithmetic to the compute stream. Knows the floors below; knows nothing of
+attention, caches of keys and values, or text.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from duoserve.cache import ExpertCache
+from duoserve.core import Observer, Phase, Route, Step
+from duoserve.decode import Decode
+from duoserve.device import Device, Event
+from duoserve.experts import Groups, Weights, combine, expert_function, group
+from duoserve.prefill import Prefill
+from duoserve.transfer import Transfer
+
+
+class Cancelled(Exception):
+    """Somebody asked to stop while a prompt was being read; the pool is whole, the pass is not."""
+
+
+class Runtime:
+    """What all layers of one model share: the pool, the way into it, both schedules, and the Step that is running."""
+
+    def __init__(self, device: Device, cache: ExpertCache, transfer: Transfer):
+        self.device, self.cache, self.transfer = device, cache, transfer
+        self._per_layer = [layer.n_experts for layer in transfer.store.layers]
+        self.decode = Decode(cache, transfer)
+        self.prefill = Prefill(cache, transfer, self._per_layer)
+        self.observers: list[Observer] = []
+        self.steps = 0
+        self._step: Step | None = None
+        self._on_layer: Callable[[int, int], None] | None = None
+        self._cancelled: Callable[[], bool] | None = None
+        self._lock = threading.RLock()
+
+    @contextmanager
+    def following(self, on_layer: Callable[[int, int], None] | None, cancelled: Callable[[], bool] | None) -> Iterator[None]:
+        """While a prompt is read: report each layer done, and raise `Cancelled` between layers once asked to."""
+        self._on_layer, self._cancelled = on_layer, cancelled
+        try:
+            yield
+        finally:
+            self._on_layer = self._cancelled = None
+
+    def begin(self, step: Step) -> None:
+        """A pass starts; its routes are noted only where somebody observes."""
+        self._step = step
+        self.steps += 1
+
+    def finish(self) -> None:
+        step, self._step = self._step, None
+        if step is not None:
+            for observer in self.observers:
+                observer(step)
+
+    def run(self, layer: int, expert: Callable[..., torch.Tensor], x_TD: torch.Tensor, ids_TK: torch.Tensor,
+            weights_TK: torch.Tensor) -> torch.Tensor:  # fmt: skip
+        """y_TD of one layer's routed experts; safe to call from several threads, one layer at a time."""
+        with self._lock:
+            self._follow(layer)
+            ids = self.device.read(ids_TK)
+            self._note(layer, ids, weights_TK)
+            groups = group(x_TD, ids, self._per_layer[layer])
+            tokens = {expert: stop - start for expert, (start, stop) in groups.spans.items()}
+            schedule = self.prefill if self._is_dense(layer, len(tokens), x_TD.shape[0]) else self.decode
+            with closing(schedule.run(layer, tokens)) as slots:
+                for slot in slots:
+                    try:
+                        assert slot.key is not None, slot
+                        work = _Work(expert, groups, groups.spans[slot.key.expert], self.transfer.weights(slot))
+                        read = self.device.compute.submit(work, after=(slot.ready,))
+                    except BaseException:
+                        self.transfer.abandon(slot)
+                        raise
+                    self.transfer.release(slot, read)
+            y: list[torch.Tensor] = []
+            done = self.device.compute.submit(lambda: y.append(combine(groups, weights_TK, x_TD.dtype)))
+            self._join(done)
+            return y[0]
+
+    def _is_dense(self, layer: int, distinct: int, rows: int) -> bool:
+        """The paper's phase where it is plain (a prompt, or one token); in between the number of experts decides."""
+        if rows == 1:
+            return False
+        prompt = self._step is not None and self._step.phase is Phase.PREFILL
+        return prompt or 2 * distinct >= self._per_layer[layer]
+
+    def _follow(self, layer: int) -> None:
+        if self._step is None or self._step.phase is not Phase.PREFILL:
+            return
+        if self._cancelled is not None and self._cancelled():
+            raise Cancelled
+        if self._on_layer is not None:
+            self._on_layer(layer, len(self._per_layer))
+
+    def _note(self, layer: int, ids: torch.Tensor, weights_TK: torch.Tensor) -> None:
+        if self.observers and self._step is not None:
+            self._step.routes.append(Route(layer, ids, self.device.read(weights_TK)))
+
+    def _join(self, event: Event) -> None:
+        if not event.done and self.device.name == "cpu":
+            event.wait()
+
+
+class _Work:
+    """One expert's rows, as work for the compute stream."""
+
+    __slots__ = ("expert", "groups", "span", "weights")
+
+    def __init__(self, expert: Callable[..., torch.Tensor], groups: Groups, span: tuple[int, int], weights: Weights):
+        self.expert, self.groups, self.span, self.weights = expert, groups, span, weights
+
+    def __call__(self) -> None:
+        start, stop = self.span
+        self.groups.out_PD[start:stop] = self.expert(self.groups.x_PD[start:stop], self.weights)
+
+
+class OffloadedExperts(nn.Module):
+    """Takes the place of a stock experts module and its signature: (x_TD, ids_TK, weights_TK) -> y_TD. Inference only.
+
+    `spec` is the stock module on meta: it says how to compute. Its submodules with parameters of their own (a norm after
+    the experts) belong to the trunk and are registered here under their names.
+    """
+
+    def __init__(self, spec: Any, layer: int, runtime: Runtime):
+        super().__init__()
+        for name, child in spec.named_children():
+            if next(child.parameters(), None) is not None:
+                self.add_module(name, child)
+        self.num_experts = spec.num_experts
+        self._layer, self._runtime, self._expert = layer, runtime, expert_function(spec)
+
+    @torch.no_grad()
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        return self._runtime.run(self._layer, self._expert, hidden_states, top_k_index, top_k_weights)

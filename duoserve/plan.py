@@ -1,0 +1,135 @@
+"""What fits: trunk, keys and values, slots. Knows sizes and the budget; the same arithmetic that the engine allocates by.
+
+    budget >= trunk + KV(ctx) + slots * slab,   at least two slots, at most one per expert
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from duoserve.checkpoint import build_meta, find_experts, kv_bytes, model_limit, replace_module, tensor_bytes
+from duoserve.config import EngineConfig, parse_size
+from duoserve.core import Refusal
+from duoserve.store import Store
+
+MIN_SLOTS = 2  # one computes while the other fills
+FLOOR_CTX = 4096
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes of each part of the budget, and what they buy. `slots` of `experts` fit; `ctx` tokens of keys and values."""
+
+    budget_bytes: int
+    trunk_bytes: int
+    kv_bytes: int
+    slot_bytes: int
+    slots: int
+    experts: int
+    ctx: int
+    smallest_bytes: int
+
+    @property
+    def residency(self) -> float:
+        return self.slots / self.experts
+
+    @property
+    def planned_bytes(self) -> int:
+        return self.trunk_bytes + self.kv_bytes + self.slots * self.slot_bytes
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"residency": self.residency, "planned_bytes": self.planned_bytes}
+
+
+class _Shape(nn.Module):
+    """Stands for the experts while shapes are computed on meta; also shows that they are called as we can serve."""
+
+    def __init__(self, spec: Any, kind: str):
+        super().__init__()
+        self.kind = kind
+        for name, child in spec.named_children():
+            if next(child.parameters(), None) is not None:
+                self.add_module(name, child)
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        shapes = [tuple(a.shape) for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)]
+        if len(shapes) != 3 or any(len(s) != 2 for s in shapes) or shapes[1] != shapes[2]:
+            raise Refusal("E_LAYOUT", f"{self.kind!r} calls its experts with {shapes}, not (rows, hidden), (rows, k), (rows, k)",
+                          "this family cannot be offloaded yet")  # fmt: skip
+        return torch.empty_like(args[0] if args else next(iter(kwargs.values())))
+
+
+class Sizes:
+    """A model's sizes from its config alone, on the meta device."""
+
+    def __init__(self, config: Any, dtype: torch.dtype):
+        self.model = build_meta(config, dtype)
+        for spec in find_experts(self.model):
+            replace_module(self.model, spec.name, _Shape(spec.module, self.model.config.model_type))
+        self.trunk_bytes = tensor_bytes(self.model, dtype)
+        self.limit = model_limit(self.model.config)
+        self._kv: dict[int, int] = {}
+
+    def kv_bytes(self, tokens: int) -> int:
+        if tokens not in self._kv:
+            self._kv[tokens] = kv_bytes(self.model, tokens)
+        return self._kv[tokens]
+
+
+def make_plan(store: Store, config: Any, dtype: torch.dtype, options: EngineConfig, free_bytes: int, default: str | None = None) -> Plan:
+    """Divide the budget. Raises Refusal with the smallest budget where it does not suffice.
+
+    Without `ctx`, keys and values get min(4096, the model's limit) tokens, and what is left once every expert is resident.
+    """
+    sizes = Sizes(config, dtype)
+    floor = options.ctx or min(FLOOR_CTX, sizes.limit or FLOOR_CTX)
+    fixed = sizes.trunk_bytes + sizes.kv_bytes(floor)
+    smallest = fixed + min(MIN_SLOTS, store.n_experts) * store.slab_bytes
+    budget = _budget_bytes(options.budget if options.budget is not None else default, store, smallest, fixed, free_bytes)
+    if budget < smallest:
+        raise Refusal("E_BUDGET", f"a budget of {size(budget)} ({budget:,} bytes) cannot hold trunk {size(sizes.trunk_bytes)}, keys and "
+                      f"values of {floor} tokens {size(sizes.kv_bytes(floor))} and {MIN_SLOTS} slots of {size(store.slab_bytes)}; the "
+                      f"smallest is {size(smallest)} ({smallest:,} bytes)", "raise --budget, lower --ctx, or say --budget min", 4)  # fmt: skip
+    slots = min(store.n_experts, (budget - fixed) // store.slab_bytes)
+    ctx = floor
+    if options.ctx is None and slots == store.n_experts:
+        ctx = _longest(sizes, floor, budget - sizes.trunk_bytes - slots * store.slab_bytes)
+    return Plan(budget, sizes.trunk_bytes, sizes.kv_bytes(ctx), store.slab_bytes, slots, store.n_experts, ctx, smallest)
+
+
+def size(n_bytes: float) -> str:
+    """`3.2 GiB`, for people."""
+    for unit in ("B", "KiB", "MiB"):
+        if n_bytes < 1024:
+            return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.1f} {unit}"
+        n_bytes /= 1024
+    return f"{n_bytes:.2f} GiB"
+
+
+def _budget_bytes(asked: str | int | None, store: Store, smallest: int, fixed: int, free: int) -> int:
+    if asked is None:
+        return free
+    if asked == "min":
+        return smallest
+    if asked == "half":  # half of the experts, the demo's default
+        return fixed + max(MIN_SLOTS, store.n_experts // 2) * store.slab_bytes
+    if isinstance(asked, str) and asked.strip().endswith("%"):
+        try:
+            share = float(asked.strip()[:-1]) / 100
+        except ValueError as error:
+            raise Refusal("E_SIZE", f"budget {asked!r} is not a share", "write it like 15%") from error
+        return int(share * store.bf16_bytes)
+    return parse_size(asked, "budget")
+
+
+def _longest(sizes: Sizes, floor: int, room: int) -> int:
+    """The most tokens whose keys and values fit `room`, in steps of doubling, up to the model's limit."""
+    ctx, top = floor, sizes.limit or floor
+    while ctx < top and sizes.kv_bytes(min(2 * ctx, top)) <= room:
+        ctx = min(2 * ctx, top)
+    return ctx

@@ -1,0 +1,203 @@
+"""The expert store on disk: one safetensors file per layer with 4096-aligned slabs, the trunk, config, tokenizer, manifest.
+
+Knows files, offsets and lengths; knows nothing of slots, devices or how slabs are multiplied. The manifest is written last:
+a folder without one is no store.
+
+    manifest.json            format, fingerprint, layouts, layers
+    experts-000.safetensors  header padded to 4096, then slab 0, slab 1, ... (one uint8 tensor `experts`, (E, slab_bytes))
+    trunk.safetensors        every other tensor of the checkpoint, under the checkpoint's names
+    config.json, tokenizer   as the checkpoint has them
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from duoserve.codec import Layout, int4_order
+from duoserve.core import Key, Refusal
+
+KIND, VERSION = "duoserve-expert-store", 1
+MANIFEST, TRUNK = "manifest.json", "trunk.safetensors"
+ALIGN = 4096
+MAX_MANIFEST = 64 << 20
+
+
+@dataclass(frozen=True)
+class LayerFile:
+    """One MoE layer: the module it stands for, its file, where its first slab lies, which layout its slabs have."""
+
+    module: str
+    file: str
+    n_experts: int
+    layout: int
+    data_offset: int
+
+
+class Store:
+    """An opened expert store: reads slabs into memory that the caller owns. Safe to use from several threads."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        data = _read_manifest(folder)
+        try:
+            self.format: str = data["format"]
+            self.fingerprint: str = data["fingerprint"]
+            self.dtype: str = data["dtype"]
+            self.bf16_bytes: int = int(data["bf16_bytes"])
+            self.layouts = [Layout.from_json(item) for item in data["layouts"]]
+            self.layers = [LayerFile(**item) for item in data["layers"]]
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, Refusal):
+                raise
+            raise Refusal("E_STORE", f"{folder / MANIFEST} is incomplete ({error!r})", "convert the model again", 5) from error
+        if self.format == "int4" and data.get("int4_order") != int4_order():
+            raise Refusal("E_STORE", f"the store's int4 order {data.get('int4_order')!r} is not this CPU's {int4_order()!r}",
+                          "convert the model on this machine", 5)  # fmt: skip
+        self._fds = [self._open(layer) for layer in self.layers]
+
+    @property
+    def trunk(self) -> Path:
+        return self.folder / TRUNK
+
+    @property
+    def slab_bytes(self) -> int:
+        """Bytes of a slot that fits any slab of this store."""
+        return max(layout.slab_bytes for layout in self.layouts)
+
+    @property
+    def n_experts(self) -> int:
+        """All routed experts, over all layers."""
+        return sum(layer.n_experts for layer in self.layers)
+
+    def layout(self, layer: int) -> Layout:
+        return self.layouts[self.layers[layer].layout]
+
+    def read_into(self, key: Key, buffer: torch.Tensor) -> None:
+        """Fill `buffer` (at least slab_bytes, uint8, page-aligned, on the host) with one slab, past the page cache.
+
+        Raises OSError where the file ends early or the disk fails.
+        """
+        layer = self.layers[key.layer]
+        length = self.layout(key.layer).slab_bytes
+        offset = layer.data_offset + key.expert * length
+        view = memoryview(buffer.numpy())[:length]
+        done = 0
+        while done < length:
+            n = os.preadv(self._fds[key.layer], [view[done:]], offset + done)
+            if n <= 0:
+                raise OSError(f"{self.folder / layer.file} ended at byte {offset + done}, expert {key.expert} needs {length - done} more")
+            done += n
+
+    def close(self) -> None:
+        for fd in self._fds:
+            os.close(fd)
+        self._fds = []
+
+    def _open(self, layer: LayerFile) -> int:
+        path = self.folder / layer.file
+        if os.path.basename(layer.file) != layer.file:
+            raise Refusal("E_STORE", f"the manifest names {layer.file!r} outside the store", "convert the model again", 5)
+        need = layer.data_offset + layer.n_experts * self.layouts[layer.layout].slab_bytes
+        have = path.stat().st_size if path.is_file() else -1
+        if have != need or layer.data_offset % ALIGN:
+            raise Refusal("E_STORE", f"{path} has {max(have, 0)} bytes, the manifest says {need}", "convert the model again", 5)
+        return open_direct(path)
+
+
+def open_direct(path: Path) -> int:
+    """A descriptor that reads past the page cache where the file system can, through it where it cannot (some tmpfs)."""
+    try:
+        return os.open(path, os.O_RDONLY | os.O_DIRECT)
+    except OSError:
+        return os.open(path, os.O_RDONLY)
+
+
+def is_store(folder: Path) -> bool:
+    return (folder / MANIFEST).is_file()
+
+
+def write_manifest(folder: Path, data: dict[str, Any]) -> None:
+    with replacing(folder / MANIFEST) as stream:
+        stream.write(json.dumps({"kind": KIND, "version": VERSION} | data, indent=1).encode())
+
+
+class Entry:
+    """A tensor to be written: its safetensors name, dtype and shape, and pieces that together are its bytes."""
+
+    def __init__(self, name: str, dtype: str, shape: tuple[int, ...], pieces: Callable[[], Iterable[torch.Tensor]]):
+        self.name, self.dtype, self.shape, self.pieces = name, dtype, shape, pieces
+        self.n_bytes = _DTYPE_BYTES[dtype]
+        for side in shape:
+            self.n_bytes *= side
+
+
+_DTYPE_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+
+
+def write_safetensors(path: Path, entries: list[Entry]) -> int:
+    """Stream `entries` into a file whose data starts at a multiple of 4096; returns that start. Durable when it returns."""
+    header, offset = {}, 0
+    for entry in entries:
+        header[entry.name] = {
+            "dtype": entry.dtype,
+            "shape": list(entry.shape),
+            "data_offsets": [offset, offset + entry.n_bytes],
+        }
+        offset += entry.n_bytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(len(text) + 8) % ALIGN)
+    with replacing(path) as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for entry in entries:
+            written = 0
+            for piece in entry.pieces():
+                written += stream.write(_bytes_of(piece))
+            assert written == entry.n_bytes, (entry.name, written, entry.n_bytes)
+    return 8 + len(text)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Write a file that is either there whole or not at all: temporary name, fsync, rename, fsync of the folder."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    return memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    size = path.stat().st_size
+    if size > MAX_MANIFEST:
+        raise Refusal("E_STORE", f"{path} has {size} bytes, at most {MAX_MANIFEST} are read", "convert the model again", 5)
+    try:
+        data = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise Refusal("E_STORE", f"{path} is not JSON ({error})", "convert the model again", 5) from error
+    if not isinstance(data, dict) or data.get("kind") != KIND:
+        raise Refusal("E_STORE", f"{path} is not the manifest of an expert store", "convert the model again", 5)
+    if data.get("version") != VERSION:
+        raise Refusal("E_STORE", f"{path} has version {data.get('version')}, this program reads {VERSION}", "convert the model again", 5)
+    return data

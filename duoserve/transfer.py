@@ -1,0 +1,181 @@
+"""Moves slabs to slots. Knows bytes, lanes and the two ordering edges; does not choose what to fetch.
+
+Both edges, always: a reader of a slot waits for `slot.ready` (copy done); a writer waits for `slot.released` (last
+reader done) and for the former copy into the same slot. With a host tier, slabs pass through host memory:
+
+    store --disk--> host slab --link--> device slot        (CUDA)
+    store ----------disk--------------> slot               (CPU: the slots are the host memory)
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from duoserve.cache import ExpertCache, Slot
+from duoserve.codec import Weight
+from duoserve.core import Key, Lane
+from duoserve.device import DONE, Device, Event, host_arena
+from duoserve.store import Store
+
+
+class Counts(NamedTuple):
+    """Of the experts asked for: resident and whole when asked, on their way, absent. `guesses` were fetched unasked."""
+
+    hits: int = 0
+    in_flight: int = 0
+    misses: int = 0
+    guesses: int = 0
+
+
+class Transfer:
+    """The slots' memory and the way into it."""
+
+    def __init__(self, device: Device, store: Store, cache: ExpertCache, host: HostTier | None = None):
+        self.device, self.store, self.cache, self.host = device, store, cache, host
+        self.slab_bytes = store.slab_bytes
+        self.memory = device.arena(len(cache.slots) * self.slab_bytes)
+        self._weights: dict[tuple[int, int], dict[str, Weight | torch.Tensor]] = {}
+        self.hits = self.in_flight = self.misses = self.guesses = 0
+
+    def slab(self, slot: Slot) -> torch.Tensor:
+        """The slot's memory, (slab_bytes,) uint8 on the device."""
+        return self.memory[slot.index * self.slab_bytes : (slot.index + 1) * self.slab_bytes]
+
+    def weights(self, slot: Slot) -> dict[str, Weight | torch.Tensor]:
+        """The slot's expert as parameters by name: views, made once per slot."""
+        assert slot.key is not None, slot
+        layer = self.store.layers[slot.key.layer]
+        at = (slot.index, layer.layout)
+        if at not in self._weights:
+            self._weights[at] = self.store.layouts[layer.layout].weights(self.slab(slot))
+        return self._weights[at]
+
+    def fetch(self, slot: Slot, lane: Lane) -> Slot:
+        """Start filling a claimed slot with its key's slab; returns it with `ready` set."""
+        key, into = slot.key, self.slab(slot)
+        assert key is not None, slot
+        if slot.ready is not None:
+            self.device.copy.cancel(slot.ready)  # a guess that gives way to this need, if nobody started it
+        after = slot.released if slot.ready is None else (*slot.released, slot.ready)
+        cost = self.store.layout(key.layer).slab_bytes
+        if self.host is None:
+            slot.ready = self.device.copy.submit(lambda: self.store.read_into(key, into), after, lane, cost)
+        else:
+            slot.ready = self.host.send(key, into[:cost], after, lane)
+        slot.released = ()
+        return slot
+
+    def guess(self, key: Key) -> Slot | None:
+        """Fetch ahead where that evicts nothing wanted; the slot is left unpinned, a demand may take it back."""
+        slot = self.cache.claim_spare(key)
+        if slot is not None:
+            self.guesses += 1
+            self.fetch(slot, Lane.AHEAD)
+            self.cache.unpin(slot)
+        return slot
+
+    def through(self, keys: list[Key]) -> Iterator[Slot]:
+        """Bring the experts of one layer past the compute: yields each key's slot, pinned, resident ones first.
+
+        Fetches as many at a time as there are slots. The caller submits its compute after `slot.ready` and hands the
+        slot back with `release` before it asks for the next.
+        """
+        resident: deque[Slot] = deque()
+        arriving: deque[Slot] = deque()
+        absent: deque[Key] = deque()
+        for key in keys:
+            slot = self.cache.lookup(key)
+            if slot is None:
+                absent.append(key)
+                continue
+            self.cache.pin(slot)
+            if slot.ready.done:
+                resident.append(slot)
+            else:
+                self.device.copy.promote(slot.ready)
+                arriving.append(slot)
+        self.hits, self.in_flight = self.hits + len(resident), self.in_flight + len(arriving)
+        self.misses += len(absent)
+        try:
+            while resident or arriving or absent:
+                while absent and (slot := self.cache.claim(absent[0])) is not None:
+                    absent.popleft()
+                    arriving.append(self.fetch(slot, Lane.DEMAND))
+                assert resident or arriving, f"no slot is free for {absent[0]} and none will be"
+                yield (resident or arriving).popleft()
+        finally:  # an error above leaves nothing pinned
+            for slot in (*resident, *arriving):
+                self.abandon(slot)
+
+    def release(self, slot: Slot, read: Event) -> None:
+        """The work behind `read` was the slot's last reader for now."""
+        slot.released = (read,)
+        self.cache.unpin(slot)
+
+    def abandon(self, slot: Slot) -> None:
+        """Nobody will read it now: hand the slot back, and forget its key where the copy failed."""
+        self.cache.unpin(slot)
+        if slot.ready.done and slot.ready.error is not None:
+            self.cache.forget(slot)
+
+    def counts(self) -> Counts:
+        return Counts(self.hits, self.in_flight, self.misses, self.guesses)
+
+
+class HostTier:
+    """Slabs in host memory between the disk and a GPU: filled once, registered for direct copies, then kept by recency."""
+
+    def __init__(self, device: Device, store: Store, n_slabs: int):
+        self.device, self.store = device, store
+        self.cache = ExpertCache(n_slabs)
+        self.slab_bytes = store.slab_bytes
+        self.memory = host_arena(n_slabs * self.slab_bytes)
+        self._lock = threading.Lock()
+        self.disk_reads = 0
+
+    def fill(self) -> None:
+        """Read as many experts as fit, one of each layer in turn, then register the memory (pin after fill)."""
+        order = sorted((Key(i, e) for i, layer in enumerate(self.store.layers) for e in range(layer.n_experts)), key=lambda k: k[::-1])
+        for key in order[: len(self.cache.slots)]:
+            slot = self.cache.claim(key)
+            assert slot is not None, key
+            self.store.read_into(key, self._slab(slot))
+            slot.ready = DONE
+            self.cache.unpin(slot)
+        if hasattr(self.device, "pin"):
+            self.device.pin(self.memory)
+
+    def send(self, key: Key, into: torch.Tensor, after: tuple[Event, ...], lane: Lane) -> Event:
+        """Copy one slab to `into` on the device, through host memory; returns the event of its arrival."""
+        with self._lock:
+            slot = self.cache.lookup(key)
+            if slot is not None:
+                self.cache.pin(slot)
+            else:
+                slot = self._read(key, lane)
+            source = self._slab(slot)[: into.numel()]
+            sent = self.device.copy.submit(
+                lambda: into.copy_(source, non_blocking=True), (*after, slot.ready), lane, into.numel()
+            )
+            slot.released = (*(e for e in slot.released if not e.done), sent)
+            self.cache.keep(slot)
+            self.cache.unpin(slot)
+            return sent
+
+    def _read(self, key: Key, lane: Lane) -> Slot:
+        slot = self.cache.claim(key)
+        assert slot is not None, key  # nothing stays pinned outside `send`
+        into = self._slab(slot)
+        after = slot.released if slot.ready is None else (*slot.released, slot.ready)
+        slot.ready = self.device.disk.submit(lambda: self.store.read_into(key, into), after, lane, into.numel())
+        slot.released = ()
+        self.disk_reads += 1
+        return slot
+
+    def _slab(self, slot: Slot) -> torch.Tensor:
+        return self.memory[slot.index * self.slab_bytes : (slot.index + 1) * self.slab_bytes]

@@ -1,0 +1,1 @@
+"""Recorded Steps, for training predictors and replaying runs. Empty so far."""
