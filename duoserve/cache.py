@@ -4,7 +4,7 @@ models, and decides nothing about what to fetch. One instance per tier (device s
 Order of eviction: `order` runs from the slot given up first to the one given up last. A slot is never taken while pinned.
 
     claim(new key)   free slot, else the first unpinned slot in `order`; its old key is forgotten, nothing is copied back
-    claim_spare(key) the same, but only a free slot or a spent one: what a guess may take
+    spare()          the slot that the next claim would take, if it is free or spent: what a guess may have
     keep(slot)       to the far end: recently wanted
     spend(slot)      to the near end: streamed past once, the next claim may have it
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator
+from itertools import takewhile
 from typing import Any
 
 from duoserve.core import Key
@@ -65,11 +66,20 @@ class ExpertCache:
 
         The slot's `ready` and `released` are still those of its former life: the caller's write must wait for both.
         """
-        return self._take(key, spare=False)
+        assert key not in self._of, key
+        slot = self._free.pop() if self._free else self._evict()
+        if slot is None:
+            return None
+        slot.key, slot.pins, slot.spent = key, 1, False
+        self._of[key] = slot
+        self._order[slot.index] = slot
+        return slot
 
-    def claim_spare(self, key: Key) -> Slot | None:
-        """As `claim`, but evicts nothing that anyone may still want."""
-        return self._take(key, spare=True)
+    def spare(self) -> Slot | None:
+        """The slot that a guess may claim next: a free or a spent one, so that nothing wanted is evicted; else None."""
+        if self._free:
+            return self._free[-1]
+        return next((slot for slot in takewhile(lambda s: s.spent, self._order.values()) if not slot.pins), None)
 
     def pin(self, slot: Slot) -> None:
         assert slot.key is not None, slot
@@ -102,24 +112,11 @@ class ExpertCache:
             assert slot.key == key and self._order[slot.index] is slot, (key, slot)
             assert slot.pins == 0, slot
 
-    def _take(self, key: Key, spare: bool) -> Slot | None:
-        assert key not in self._of, key
-        slot = self._free.pop() if self._free else self._evict(spare)
-        if slot is None:
-            return None
-        slot.key, slot.pins, slot.spent = key, 1, False
-        self._of[key] = slot
-        self._order[slot.index] = slot
+    def _evict(self) -> Slot | None:
+        slot = next((slot for slot in self._order.values() if not slot.pins), None)
+        if slot is not None:
+            assert slot.key is not None, slot
+            del self._of[slot.key]
+            del self._order[slot.index]
+            self.evictions += 1
         return slot
-
-    def _evict(self, spare: bool) -> Slot | None:
-        for slot in self._order.values():
-            if spare and not slot.spent:
-                return None  # spent slots lie in front
-            if slot.pins == 0:
-                assert slot.key is not None, slot
-                del self._of[slot.key]
-                del self._order[slot.index]
-                self.evictions += 1
-                return slot
-        return None

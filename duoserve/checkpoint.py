@@ -49,7 +49,9 @@ def resolve(model: str | os.PathLike[str]) -> Path:
         return path
     name = os.fspath(model)
     if path.exists() or not _HUB_ID.fullmatch(name) or name.count("/") != 1:
-        raise Refusal("E_MODEL", f"no model folder {name!r} here", "give a checkpoint folder, an expert store or a hub id", 3)
+        raise Refusal(
+            "E_MODEL", f"no model folder {name!r} here", "give a checkpoint folder, an expert store or a hub id", 3
+        )
     import huggingface_hub
 
     try:
@@ -61,7 +63,10 @@ def resolve(model: str | os.PathLike[str]) -> Path:
     except Exception as error:  # the hub's many ways to say no, in one line
         reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
         raise Refusal(
-            "E_MODEL", f"{name!r} is no folder here and the hub gave no such model ({reason})", "check the name and the network", 3
+            "E_MODEL",
+            f"{name!r} is no folder here and the hub gave no such model ({reason})",
+            "check the name and the network",
+            3,
         ) from error
 
 
@@ -69,13 +74,19 @@ def read_config(folder: Path) -> Any:
     """The stock config; refuses anything that would run code or that we cannot read."""
     path = folder / "config.json"
     if not path.is_file():
-        raise Refusal("E_MODEL", f"{folder} has no config.json", "give a checkpoint folder, an expert store or a hub id", 3)
+        raise Refusal(
+            "E_MODEL", f"{folder} has no config.json", "give a checkpoint folder, an expert store or a hub id", 3
+        )
     try:
         raw = json.loads(path.read_text())
     except (ValueError, UnicodeDecodeError) as error:
         raise Refusal("E_CONFIG", f"{path} is not JSON ({error})", "fetch the checkpoint again", 5) from error
     if "auto_map" in raw:
-        raise Refusal("E_REMOTE_CODE", f"{folder} wants to run its own code (auto_map)", "use a checkpoint that transformers knows")
+        raise Refusal(
+            "E_REMOTE_CODE",
+            f"{folder} wants to run its own code (auto_map)",
+            "use a checkpoint that transformers knows",
+        )
     try:
         return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
@@ -126,7 +137,11 @@ def find_experts(model: Any) -> list[ExpertsSpec]:
         if kinds:
             raise Refusal("E_LAYOUT", f"{kind!r} lays out its experts ({', '.join(sorted(kinds)[:2])}) outside transformers' experts "
                           "interface", "use a family that has it, such as mixtral, qwen3_moe, deepseek_v3 or gpt_oss")  # fmt: skip
-        raise Refusal("E_NOT_MOE", f"{kind!r} has 0 routed experts", "run it with transformers itself; there is nothing to offload")
+        raise Refusal(
+            "E_NOT_MOE",
+            f"{kind!r} has 0 routed experts",
+            "run it with transformers itself; there is nothing to offload",
+        )
     for spec in specs:
         for name, p in spec.module.named_parameters(recurse=False):
             if p.ndim not in (2, 3) or p.shape[0] != spec.n_experts:
@@ -147,13 +162,17 @@ class Checkpoint:
         quantization = getattr(self.config, "quantization_config", None)
         if quantization:
             method = quantization.get("quant_method") if isinstance(quantization, dict) else type(quantization).__name__
-            raise Refusal("E_QUANTISED", f"the checkpoint is quantised already ({method})", "use the bf16 original of this model")
+            raise Refusal(
+                "E_QUANTISED", f"the checkpoint is quantised already ({method})", "use the bf16 original of this model"
+            )
         self._at: dict[str, Any] = {}
         for file in _weight_files(folder):
             try:
                 handle = safe_open(file, framework="pt")
             except (SafetensorError, OSError) as error:
-                raise Refusal("E_CORRUPT", f"{file} is not a whole safetensors file ({error})", "fetch it again", 5) from error
+                raise Refusal(
+                    "E_CORRUPT", f"{file} is not a whole safetensors file ({error})", "fetch it again", 5
+                ) from error
             for key in handle.keys():
                 self._at[key] = handle
         self.model = build_meta(self.config, self.dtype)
@@ -173,7 +192,9 @@ class Checkpoint:
         names = {"BF16": torch.bfloat16, "F32": torch.float32, "F16": torch.float16}
         common = max(sizes, key=lambda name: sizes[name])
         if common not in names:
-            raise Refusal("E_QUANTISED", f"the checkpoint's weights are stored as {common}", "use a bf16, f16 or f32 checkpoint")
+            raise Refusal(
+                "E_QUANTISED", f"the checkpoint's weights are stored as {common}", "use a bf16, f16 or f32 checkpoint"
+            )
         return names[common]
 
     def fingerprint(self) -> str:
@@ -279,7 +300,12 @@ def load_trunk(model: Any, file: Path, dtype: torch.dtype, device: torch.device)
     info = type(model)._finalize_model_loading(model, load, info)
     if info.missing_keys:
         missing = sorted(info.missing_keys)
-        raise Refusal("E_CORRUPT", f"{len(missing)} trunk tensors are missing, {missing[0]} first", "fetch the checkpoint again", 5)
+        raise Refusal(
+            "E_CORRUPT",
+            f"{len(missing)} trunk tensors are missing, {missing[0]} first",
+            "fetch the checkpoint again",
+            5,
+        )
     if info.mismatched_keys or info.error_msgs:
         raise Refusal("E_CORRUPT", f"{file} does not match its config: {sorted(map(str, info.mismatched_keys))[:1]}",
                       "fetch the checkpoint again", 5)  # fmt: skip
@@ -346,10 +372,17 @@ def _weight_files(folder: Path) -> list[Path]:
             raise Refusal("E_CORRUPT", f"{index} is not a shard index ({error!r})", "fetch it again", 5) from error
         bad = [n for n in names if not isinstance(n, str) or os.path.basename(n) != n or not n.endswith(".safetensors")]
         if bad:
-            raise Refusal("E_CORRUPT", f"{index} names {bad[0]!r}, which is no file of this folder", "fetch it again", 5)
+            raise Refusal(
+                "E_CORRUPT", f"{index} names {bad[0]!r}, which is no file of this folder", "fetch it again", 5
+            )
         missing = [n for n in names if not (folder / n).is_file()]
         if missing:
-            raise Refusal("E_CORRUPT", f"{len(missing)} of {len(names)} shards are missing, {missing[0]} first", "fetch them again", 5)
+            raise Refusal(
+                "E_CORRUPT",
+                f"{len(missing)} of {len(names)} shards are missing, {missing[0]} first",
+                "fetch them again",
+                5,
+            )
         return [folder / n for n in names]
     if single.is_file():
         return [single]

@@ -265,7 +265,9 @@ def _bitsandbytes() -> Any:
     try:
         import bitsandbytes.functional as functional
     except ImportError as error:
-        raise Refusal("E_NF4", "format nf4 needs bitsandbytes, which is not installed", "pip install bitsandbytes") from error
+        raise Refusal(
+            "E_NF4", "format nf4 needs bitsandbytes, which is not installed", "pip install bitsandbytes"
+        ) from error
     finally:
         log.setLevel(level)
     return functional

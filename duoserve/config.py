@@ -51,10 +51,16 @@ class EngineConfig:
         _one_of("format", self.format, FORMATS)
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("device", self.device, DEVICES)
-        if isinstance(self.budget, str) and self.budget not in ("min", "half") and not self.budget.strip().endswith("%"):
+        if (
+            isinstance(self.budget, str)
+            and self.budget not in ("min", "half")
+            and not self.budget.strip().endswith("%")
+        ):
             parse_size(self.budget, "budget")
         if self.ctx is not None and self.ctx < 1:
-            raise Refusal("E_CTX", f"a context of {self.ctx} tokens holds nothing", "ask for at least 1, such as --ctx 4096")
+            raise Refusal(
+                "E_CTX", f"a context of {self.ctx} tokens holds nothing", "ask for at least 1, such as --ctx 4096"
+            )
 
     @classmethod
     def of(cls, **options: Any) -> EngineConfig:

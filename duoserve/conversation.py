@@ -73,7 +73,9 @@ class Conversation:
 
     def _kept(self, ids: list[int]) -> Any:
         """The cache of the longest common beginning, cropped to it, or a new one where it cannot be cropped."""
-        same = next((i for i, (a, b) in enumerate(zip(self._ids, ids, strict=False)) if a != b), min(len(self._ids), len(ids)))
+        same = next(
+            (i for i, (a, b) in enumerate(zip(self._ids, ids, strict=False)) if a != b), min(len(self._ids), len(ids))
+        )
         same = min(same, len(ids) - 1)
         cache = self._cache
         if cache is not None and 0 < same < len(self._ids):

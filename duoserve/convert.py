@@ -25,7 +25,9 @@ JOB = "conversion.json"  # what is being made here; replaced by the manifest
 Progress = Callable[[int, int, str], None]  # bytes of slabs done, bytes in all, what is being done
 
 
-def convert(source: Path, out: Path, format: str = "int4", dtype: str | None = None, progress: Progress | None = None) -> Path:
+def convert(
+    source: Path, out: Path, format: str = "int4", dtype: str | None = None, progress: Progress | None = None
+) -> Path:
     """Write the expert store of the checkpoint folder `source` into `out` and return `out`.
 
     `dtype` is that of what is not quantised: "float32" keeps a float32 checkpoint exact, otherwise bfloat16 is stored
@@ -80,15 +82,25 @@ def _layout(spec: ExpertsSpec, format: str, plain: str) -> Layout:
     return Layout.of(format, params, plain)
 
 
-def _write_layer(path: Path, checkpoint: Checkpoint, spec: ExpertsSpec, layout: Layout, report: Callable[[int], None]) -> int:
-    entry = Entry("experts", "U8", (spec.n_experts, layout.slab_bytes), lambda: _slabs(checkpoint, spec, layout, report))
-    if path.is_file() and path.stat().st_size == (start := path.stat().st_size - entry.n_bytes) + entry.n_bytes and start == ALIGN:
+def _write_layer(
+    path: Path, checkpoint: Checkpoint, spec: ExpertsSpec, layout: Layout, report: Callable[[int], None]
+) -> int:
+    entry = Entry(
+        "experts", "U8", (spec.n_experts, layout.slab_bytes), lambda: _slabs(checkpoint, spec, layout, report)
+    )
+    if (
+        path.is_file()
+        and path.stat().st_size == (start := path.stat().st_size - entry.n_bytes) + entry.n_bytes
+        and start == ALIGN
+    ):
         report(spec.n_experts)  # finished before an interruption: only whole files ever get this name
         return start
     return write_safetensors(path, [entry])
 
 
-def _slabs(checkpoint: Checkpoint, spec: ExpertsSpec, layout: Layout, report: Callable[[int], None]) -> Iterable[torch.Tensor]:
+def _slabs(
+    checkpoint: Checkpoint, spec: ExpertsSpec, layout: Layout, report: Callable[[int], None]
+) -> Iterable[torch.Tensor]:
     slab = torch.empty(layout.slab_bytes, dtype=torch.uint8)
     for e in range(spec.n_experts):
         slab.zero_()
@@ -108,7 +120,9 @@ def _write_trunk(path: Path, checkpoint: Checkpoint) -> None:
 
 
 def _store_bytes(checkpoint: Checkpoint, layouts: list[Layout]) -> int:
-    slabs = sum(layout.slab_bytes * spec.n_experts + ALIGN for layout, spec in zip(layouts, checkpoint.specs, strict=True))
+    slabs = sum(
+        layout.slab_bytes * spec.n_experts + ALIGN for layout, spec in zip(layouts, checkpoint.specs, strict=True)
+    )
     trunk = sum(Entry(name, dtype, shape, lambda: []).n_bytes for name, dtype, shape in checkpoint.trunk())
     return slabs + trunk + sum(file.stat().st_size for file in checkpoint.side_files())
 

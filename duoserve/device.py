@@ -224,7 +224,12 @@ class ThreadDevice:
         return host_arena(n_bytes)
 
     def read(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor's values on the host: the only way to wait for device data."""
         return tensor
+
+    def join(self, event: Event) -> None:
+        """What this thread computes next follows `event`."""
+        event.wait()
 
     def free_bytes(self) -> int:
         return available_ram()
@@ -254,6 +259,9 @@ class CudaDevice:
 
     def read(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to("cpu")
+
+    def join(self, event: Event) -> None:
+        event.order(torch.cuda.current_stream())
 
     def free_bytes(self) -> int:
         return torch.cuda.mem_get_info(self.torch_device)[0]
@@ -301,17 +309,41 @@ def open_device(name: str) -> Device:
     return ThreadDevice()
 
 
+def in_background(fn: Callable[[], Any], name: str) -> Callable[[], None]:
+    """Run `fn` on a thread of its own; returns what waits for its end."""
+    thread = threading.Thread(target=fn, name=f"duoserve-{name}", daemon=True)
+    thread.start()
+    return thread.join
+
+
 def available_ram() -> int:
-    """Bytes this process may still take: what the kernel calls available, or less where a control group caps it."""
+    """Bytes this process may still take: what the kernel calls available, or less where its control group caps it."""
     with open("/proc/meminfo") as lines:
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    for limit, usage in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        if os.path.exists(limit) and os.path.exists(usage):
-            with open(limit) as top, open(usage) as now:
-                cap = top.read().strip()
-                if cap != "max":
-                    free = min(free, max(0, int(cap) - int(now.read())))
+    for folder, limit_name, usage_name in _memory_groups():
+        limit, usage = (_number(os.path.join(folder, name)) for name in (limit_name, usage_name))
+        if limit is not None and usage is not None:
+            free = min(free, max(0, limit - usage))
     return free
+
+
+def _memory_groups() -> Iterable[tuple[str, str, str]]:
+    """Folders of the control groups (version 1 and 2) that hold this process, with the names of their two files."""
+    with open("/proc/self/cgroup") as lines:
+        paths = {kinds: path for _, kinds, path in (line.strip().split(":", 2) for line in lines)}
+    with open("/proc/self/mounts") as lines:
+        for _, folder, kind, options, *_ in (line.split() for line in lines):
+            if kind == "cgroup2" and "" in paths:
+                yield folder + paths[""], "memory.max", "memory.current"
+            if kind == "cgroup" and "memory" in options.split(","):
+                path = next((p for kinds, p in paths.items() if "memory" in kinds.split(",")), None)
+                if path is not None:
+                    yield folder + path, "memory.limit_in_bytes", "memory.usage_in_bytes"
+
+
+def _number(path: str) -> int | None:
+    try:
+        with open(path) as file:
+            return int(file.read())
+    except (OSError, ValueError):  # no such group here, or "max"
+        return None

@@ -18,7 +18,7 @@ from duoserve.checkpoint import quiet, read_config, resolve
 from duoserve.config import EngineConfig
 from duoserve.convert import Progress, convert
 from duoserve.core import Refusal, nearest
-from duoserve.device import Device, open_device
+from duoserve.device import Device, in_background, open_device
 from duoserve.model import load_model
 from duoserve.moe import Cancelled
 from duoserve.plan import Plan, make_plan
@@ -68,7 +68,11 @@ def load(model: str | os.PathLike[str] | None = None, *, progress: Progress | No
     try:
         store = Store(folder if is_store(folder) else _converted(folder, config, progress))
         if config.format is not None and store.format != config.format:
-            raise Refusal("E_FORMAT", f"the store's format is {store.format}, asked was {config.format}", "convert the checkpoint again")
+            raise Refusal(
+                "E_FORMAT",
+                f"the store's format is {store.format}, asked was {config.format}",
+                "convert the checkpoint again",
+            )
         model_config = read_config(store.folder)
         dtype = getattr(torch, config.dtype or ("bfloat16" if store.dtype == "float32" else store.dtype))
         plan = make_plan(store, model_config, dtype, config, _free(device), default="half" if model is None else None)
@@ -125,7 +129,9 @@ class Engine:
                 )
             except Cancelled:
                 out = ids_1S
-        self._last = self._answer(meter, ids_1S.shape[1], out[0, ids_1S.shape[1] :], limit, bool(cancelled and cancelled()))
+        self._last = self._answer(
+            meter, ids_1S.shape[1], out[0, ids_1S.shape[1] :], limit, bool(cancelled and cancelled())
+        )
         return self._last
 
     def stream(self, prompt: Prompt, **options: Any) -> Iterator[str]:
@@ -140,8 +146,7 @@ class Engine:
             except BaseException as error:  # handed to the reader
                 pieces.put(error)
 
-        worker = threading.Thread(target=work, name="duoserve-stream", daemon=True)
-        worker.start()
+        finished = in_background(work, "stream")
         try:
             while (piece := pieces.get()) is not None:
                 if isinstance(piece, BaseException):
@@ -149,7 +154,7 @@ class Engine:
                 yield piece
         finally:
             closed.set()
-            worker.join()
+            finished()
 
     def encode(self, prompt: Prompt) -> torch.Tensor:
         """Token ids (1, S) of a text, or of messages through the model's chat template."""
@@ -159,7 +164,9 @@ class Engine:
         else:
             if not tokenizer.chat_template:
                 raise Refusal("E_TEMPLATE", "the model has 0 chat templates", "pass a text instead of messages")
-            ids = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, return_tensors="pt", return_dict=True)["input_ids"]
+            ids = tokenizer.apply_chat_template(
+                list(prompt), add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )["input_ids"]
         if ids.shape[1] == 0:
             raise Refusal("E_PROMPT", "the prompt has 0 tokens", "write at least one word")
         return ids.to(self.device.torch_device)
@@ -219,7 +226,9 @@ class Engine:
 
     def _text_tokenizer(self) -> Any:
         if self.tokenizer is None:
-            raise Refusal("E_TOKENIZER", f"{self.store.folder} has 0 tokenizer files", "pass input_ids, or add the tokenizer", 3)
+            raise Refusal(
+                "E_TOKENIZER", f"{self.store.folder} has 0 tokenizer files", "pass input_ids, or add the tokenizer", 3
+            )
         return self.tokenizer
 
     def _pad(self) -> int | None:
@@ -282,7 +291,12 @@ class _Cancel(transformers.StoppingCriteria):
 
 
 def _check_options(options: dict[str, Any]) -> None:
-    known = set(transformers.GenerationConfig().to_dict()) | {"logits_processor", "generation_config", "assistant_model", "past_key_values"}
+    known = set(transformers.GenerationConfig().to_dict()) | {
+        "logits_processor",
+        "generation_config",
+        "assistant_model",
+        "past_key_values",
+    }
     for name in options:
         if name not in known:
             raise Refusal("E_OPTION", f"unknown generation option {name!r}", nearest(name, sorted(known)))
@@ -294,7 +308,9 @@ def _converted(folder: Path, config: EngineConfig, progress: Progress | None) ->
 
     format = config.format or ("bf16" if config.dtype == "float32" else "int4")
     plain = config.dtype or "bfloat16"
-    name = f"{folder.resolve().name}-{Checkpoint(folder).fingerprint()[:12]}-{format}" + ("-f32" if plain == "float32" else "")
+    name = f"{folder.resolve().name}-{Checkpoint(folder).fingerprint()[:12]}-{format}" + (
+        "-f32" if plain == "float32" else ""
+    )
     return convert(folder, cache_dir(config.cache_dir) / name, format, plain, progress)
 
 

@@ -22,6 +22,9 @@ from duoserve.transfer import HostTier, Transfer
 RAM_MARGIN = 4 << 30  # left to the rest of the machine, or a tenth of what is free where that is more
 
 
+DRAFT = 16  # tokens per pass up to which a pass behind a prompt is decode: one token, or drafted ones to verify
+
+
 class Loaded(NamedTuple):
     model: Any
     runtime: Runtime
@@ -79,7 +82,7 @@ class PassWatch:
         before = int(past.get_seq_length()) if past is not None else 0
         if past is not None and kwargs.get("use_cache") is not False:
             self._check_room(batch, before + length)
-        phase = Phase.DECODE if before and length == 1 else Phase.DECODE if before and length < 16 else Phase.PREFILL
+        phase = Phase.DECODE if before and length <= DRAFT else Phase.PREFILL
         step = Step(self._runtime.steps, phase, batch * length)
         if self._runtime.observers:
             self._describe(step, ids, batch, length, before, kwargs)

@@ -16,7 +16,7 @@ from torch import nn
 from duoserve.cache import ExpertCache
 from duoserve.core import Observer, Phase, Route, Step
 from duoserve.decode import Decode
-from duoserve.device import Device, Event
+from duoserve.device import Device
 from duoserve.experts import Groups, Weights, combine, expert_function, group
 from duoserve.prefill import Prefill
 from duoserve.transfer import Transfer
@@ -42,7 +42,9 @@ class Runtime:
         self._lock = threading.RLock()
 
     @contextmanager
-    def following(self, on_layer: Callable[[int, int], None] | None, cancelled: Callable[[], bool] | None) -> Iterator[None]:
+    def following(
+        self, on_layer: Callable[[int, int], None] | None, cancelled: Callable[[], bool] | None
+    ) -> Iterator[None]:
         """While a prompt is read: report each layer done, and raise `Cancelled` between layers once asked to."""
         self._on_layer, self._cancelled = on_layer, cancelled
         try:
@@ -83,7 +85,7 @@ class Runtime:
                     self.transfer.release(slot, read)
             y: list[torch.Tensor] = []
             done = self.device.compute.submit(lambda: y.append(combine(groups, weights_TK, x_TD.dtype)))
-            self._join(done)
+            self.device.join(done)
             return y[0]
 
     def _is_dense(self, layer: int, distinct: int, rows: int) -> bool:
@@ -104,10 +106,6 @@ class Runtime:
     def _note(self, layer: int, ids: torch.Tensor, weights_TK: torch.Tensor) -> None:
         if self.observers and self._step is not None:
             self._step.routes.append(Route(layer, ids, self.device.read(weights_TK)))
-
-    def _join(self, event: Event) -> None:
-        if not event.done and self.device.name == "cpu":
-            event.wait()
 
 
 class _Work:

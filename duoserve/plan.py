@@ -1,6 +1,6 @@
 """What fits: trunk, keys and values, slots. Knows sizes and the budget; the same arithmetic that the engine allocates by.
 
-    budget >= trunk + KV(ctx) + slots * slab,   at least two slots, at most one per expert
+budget >= trunk + KV(ctx) + slots * slab,   at least two slots, at most one per expert
 """
 
 from __future__ import annotations
@@ -81,7 +81,9 @@ class Sizes:
         return self._kv[tokens]
 
 
-def make_plan(store: Store, config: Any, dtype: torch.dtype, options: EngineConfig, free_bytes: int, default: str | None = None) -> Plan:
+def make_plan(
+    store: Store, config: Any, dtype: torch.dtype, options: EngineConfig, free_bytes: int, default: str | None = None
+) -> Plan:
     """Divide the budget. Raises Refusal with the smallest budget where it does not suffice.
 
     Without `ctx`, keys and values get min(4096, the model's limit) tokens, and what is left once every expert is resident.
@@ -90,7 +92,9 @@ def make_plan(store: Store, config: Any, dtype: torch.dtype, options: EngineConf
     floor = options.ctx or min(FLOOR_CTX, sizes.limit or FLOOR_CTX)
     fixed = sizes.trunk_bytes + sizes.kv_bytes(floor)
     smallest = fixed + min(MIN_SLOTS, store.n_experts) * store.slab_bytes
-    budget = _budget_bytes(options.budget if options.budget is not None else default, store, smallest, fixed, free_bytes)
+    budget = _budget_bytes(
+        options.budget if options.budget is not None else default, store, smallest, fixed, free_bytes
+    )
     if budget < smallest:
         raise Refusal("E_BUDGET", f"a budget of {size(budget)} ({budget:,} bytes) cannot hold trunk {size(sizes.trunk_bytes)}, keys and "
                       f"values of {floor} tokens {size(sizes.kv_bytes(floor))} and {MIN_SLOTS} slots of {size(store.slab_bytes)}; the "

@@ -57,7 +57,9 @@ class Store:
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, Refusal):
                 raise
-            raise Refusal("E_STORE", f"{folder / MANIFEST} is incomplete ({error!r})", "convert the model again", 5) from error
+            raise Refusal(
+                "E_STORE", f"{folder / MANIFEST} is incomplete ({error!r})", "convert the model again", 5
+            ) from error
         if self.format == "int4" and data.get("int4_order") != int4_order():
             raise Refusal("E_STORE", f"the store's int4 order {data.get('int4_order')!r} is not this CPU's {int4_order()!r}",
                           "convert the model on this machine", 5)  # fmt: skip
@@ -93,7 +95,9 @@ class Store:
         while done < length:
             n = os.preadv(self._fds[key.layer], [view[done:]], offset + done)
             if n <= 0:
-                raise OSError(f"{self.folder / layer.file} ended at byte {offset + done}, expert {key.expert} needs {length - done} more")
+                raise OSError(
+                    f"{self.folder / layer.file} ended at byte {offset + done}, expert {key.expert} needs {length - done} more"
+                )
             done += n
 
     def close(self) -> None:
@@ -104,11 +108,15 @@ class Store:
     def _open(self, layer: LayerFile) -> int:
         path = self.folder / layer.file
         if os.path.basename(layer.file) != layer.file:
-            raise Refusal("E_STORE", f"the manifest names {layer.file!r} outside the store", "convert the model again", 5)
+            raise Refusal(
+                "E_STORE", f"the manifest names {layer.file!r} outside the store", "convert the model again", 5
+            )
         need = layer.data_offset + layer.n_experts * self.layouts[layer.layout].slab_bytes
         have = path.stat().st_size if path.is_file() else -1
         if have != need or layer.data_offset % ALIGN:
-            raise Refusal("E_STORE", f"{path} has {max(have, 0)} bytes, the manifest says {need}", "convert the model again", 5)
+            raise Refusal(
+                "E_STORE", f"{path} has {max(have, 0)} bytes, the manifest says {need}", "convert the model again", 5
+            )
         return open_direct(path)
 
 
@@ -191,7 +199,9 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     size = path.stat().st_size
     if size > MAX_MANIFEST:
-        raise Refusal("E_STORE", f"{path} has {size} bytes, at most {MAX_MANIFEST} are read", "convert the model again", 5)
+        raise Refusal(
+            "E_STORE", f"{path} has {size} bytes, at most {MAX_MANIFEST} are read", "convert the model again", 5
+        )
     try:
         data = json.loads(path.read_bytes())
     except ValueError as error:
@@ -199,5 +209,10 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(data, dict) or data.get("kind") != KIND:
         raise Refusal("E_STORE", f"{path} is not the manifest of an expert store", "convert the model again", 5)
     if data.get("version") != VERSION:
-        raise Refusal("E_STORE", f"{path} has version {data.get('version')}, this program reads {VERSION}", "convert the model again", 5)
+        raise Refusal(
+            "E_STORE",
+            f"{path} has version {data.get('version')}, this program reads {VERSION}",
+            "convert the model again",
+            5,
+        )
     return data

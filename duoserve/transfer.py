@@ -71,12 +71,18 @@ class Transfer:
         return slot
 
     def guess(self, key: Key) -> Slot | None:
-        """Fetch ahead where that evicts nothing wanted; the slot is left unpinned, a demand may take it back."""
-        slot = self.cache.claim_spare(key)
-        if slot is not None:
-            self.guesses += 1
-            self.fetch(slot, Lane.AHEAD)
-            self.cache.unpin(slot)
+        """Fetch ahead into a slot that nobody wants or still reads, else None: a guess neither evicts nor waits.
+
+        The slot is left unpinned: a demand may take it back.
+        """
+        spare = self.cache.spare()
+        if spare is None or not all(event.done for event in spare.released):
+            return None
+        slot = self.cache.claim(key)
+        assert slot is spare, (slot, spare)
+        self.guesses += 1
+        self.fetch(slot, Lane.AHEAD)
+        self.cache.unpin(slot)
         return slot
 
     def through(self, keys: list[Key]) -> Iterator[Slot]:
@@ -140,7 +146,10 @@ class HostTier:
 
     def fill(self) -> None:
         """Read as many experts as fit, one of each layer in turn, then register the memory (pin after fill)."""
-        order = sorted((Key(i, e) for i, layer in enumerate(self.store.layers) for e in range(layer.n_experts)), key=lambda k: k[::-1])
+        order = sorted(
+            (Key(i, e) for i, layer in enumerate(self.store.layers) for e in range(layer.n_experts)),
+            key=lambda k: k[::-1],
+        )
         for key in order[: len(self.cache.slots)]:
             slot = self.cache.claim(key)
             assert slot is not None, key

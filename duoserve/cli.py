@@ -1,0 +1,216 @@
+"""The command line: puts the parts together and turns refusals into one line and an exit code. Imports torch late, so that
+`--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from duoserve.core import Refusal, nearest
+from duoserve.version import __version__
+
+if TYPE_CHECKING:
+    from duoserve.convert import Progress
+    from duoserve.engine import Engine
+
+app = typer.Typer(
+    name="duoserve",
+    help="Run Mixture-of-Experts models whose experts do not fit in memory.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Model = Annotated[
+    str | None, typer.Argument(help="Hub id, checkpoint folder or expert store; the bundled demo if left out.")
+]
+Budget = Annotated[
+    str | None,
+    typer.Option(help="Memory for trunk, slots and KV: 6GiB, 15% of the bf16 model, half of its experts, min."),
+]
+Format = Annotated[str | None, typer.Option(help="Experts as int4 (default), nf4 or bf16.")]
+Dtype = Annotated[str | None, typer.Option(help="Arithmetic and trunk: bfloat16, float32 or float16.")]
+DeviceName = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
+Ctx = Annotated[str | None, typer.Option(help="Tokens of context to plan for, such as 4096 or 32k.")]
+CacheDir = Annotated[str | None, typer.Option(help="Where converted stores are kept.")]
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    pass  # both are read by `main`, before anything is imported
+
+
+@app.command()
+def chat(
+    model: Model = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Answer this once and leave.")] = None,
+    system: Annotated[str | None, typer.Option(help="A system message to begin with.")] = None,
+    budget: Budget = None,
+    format: Format = None,
+    dtype: Dtype = None,
+    device: DeviceName = "auto",
+    ctx: Ctx = None,
+    max_new_tokens: Annotated[int, typer.Option(help="At most this many tokens per answer.")] = 256,
+    temperature: Annotated[
+        float | None, typer.Option(help="Sampling temperature; 0 is greedy. Default: the model's own.")
+    ] = None,
+    top_p: Annotated[float | None, typer.Option(help="Sample from this share of the probability.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object with the figures as the last line.")
+    ] = False,
+    cache_dir: CacheDir = None,
+) -> None:
+    """Chat with a model in the terminal, or answer one --prompt."""
+    from duoserve import repl
+
+    sampling = repl.sampling(max_new_tokens, temperature, top_p, seed)
+    with _engine(
+        model, budget=budget, format=format, dtype=dtype, device=device, ctx=ctx, cache_dir=cache_dir
+    ) as engine:
+        if prompt is not None:
+            repl.answer_once(engine, prompt, system, sampling, as_json)
+        else:
+            repl.run(engine, system, sampling, as_json)
+
+
+@app.command()
+def convert(
+    model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id.")],
+    out: Annotated[Path, typer.Option("--output", "-o", help="Folder for the expert store.")],
+    format: Annotated[str, typer.Option(help="Experts as int4, nf4 or bf16.")] = "int4",
+    dtype: Annotated[
+        str | None, typer.Option(help="float32 keeps a float32 checkpoint's unquantised weights exact.")
+    ] = None,
+) -> None:
+    """Convert a checkpoint into an expert store; goes on where an interrupted conversion stopped."""
+    from duoserve.config import EngineConfig
+
+    EngineConfig(format=format, dtype=dtype)  # refuse before torch is imported
+    from duoserve.checkpoint import quiet, resolve
+    from duoserve.convert import convert as make_store
+    from duoserve.plan import size
+
+    quiet()
+    with _progress() as progress:
+        folder = make_store(resolve(model), out, format, dtype, progress)
+    total = sum(file.stat().st_size for file in folder.iterdir())
+    print(f"{folder}: {format} expert store, {size(total)}")
+
+
+@contextmanager
+def _engine(model: str | None, **options: Any) -> Iterator[Engine]:
+    from duoserve.config import EngineConfig
+
+    EngineConfig.of(**options)  # refuse before torch is imported
+    from duoserve.engine import load
+
+    with _progress() as progress:
+        engine = load(model, progress=progress, **options)
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    """Conversion progress on stderr: a bar with ETA in a terminal, else a line every 5 s."""
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (
+            TextColumn("converting {task.description}"),
+            BarColumn(),
+            DownloadColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task("", total=None)
+            yield lambda done, total, what: bar.update(task, completed=done, total=total, description=what)
+        return
+    began = said = time.monotonic()
+
+    def line(done: int, total: int, what: str) -> None:
+        nonlocal said
+        now = time.monotonic()
+        if now - said >= 5:
+            said = now
+            left = (now - began) * (total - done) / done if done else float("nan")
+            print(
+                f"converting {what}: {done >> 20} of {total >> 20} MiB, {left:.0f} s left", file=sys.stderr, flush=True
+            )
+
+    yield line
+
+
+def main() -> None:
+    """Entry point. Exit codes: 0, 1 unexpected, 2 usage, 3 not found, 4 does not fit, 5 corrupt, 6 disk full, 7 device, 130."""
+    if "--version" in sys.argv[1:2]:
+        print(f"duoserve {__version__}")
+        return
+    if "--debug" in sys.argv[1:2]:
+        app(standalone_mode=False)
+        return
+    sys.exit(_guarded())
+
+
+def _guarded() -> int:
+    try:
+        return int(app(standalone_mode=False) or 0)
+    except Refusal as refusal:
+        return _say(str(refusal), refusal.status)
+    except typer.Exit as done:
+        return int(done.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        return _say("interrupted", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        return _say(f"{'E_DISK' if full else 'E_IO'}: {error}; {'free some space' if full else 'check the disk'} and run it again",
+                    6 if full else 1)  # fmt: skip
+    except Exception as error:
+        if isinstance(error, _usage_error()):
+            return _say(f"E_USAGE: {_usage(error)}", 2)
+        what = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
+        return _say(
+            f"E_INTERNAL: {type(error).__name__}: {what}; run `duoserve --debug ...` and report the traceback", 1
+        )
+
+
+def _usage_error() -> type[Exception]:
+    return typer.BadParameter.__mro__[1]  # typer carries its own copy of click, or imports it, by version
+
+
+def _usage(error: Exception) -> str:
+    text = " ".join(error.format_message().split())  # type: ignore[attr-defined]
+    if text.startswith("No such command") and "Did you mean" not in text:
+        word = text.split("'")[1] if "'" in text else ""
+        text = f"{text} {nearest(word, sorted(c.name or c.callback.__name__ for c in app.registered_commands if c.callback))}"
+    return f"{text} Try 'duoserve --help'."
+
+
+def _say(line: str, status: int) -> int:
+    print(f"error: {line}", file=sys.stderr)
+    return status
+
+
+def print_json(data: dict[str, Any]) -> None:
+    print(json.dumps(data, ensure_ascii=False), flush=True)

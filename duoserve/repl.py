@@ -1,0 +1,230 @@
+"""Chat in a terminal: reads lines, streams answers, obeys slash commands. Knows people and one engine."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from duoserve.conversation import Conversation, seed
+from duoserve.core import Refusal, nearest
+from duoserve.engine import Answer, Engine
+from duoserve.plan import size
+
+HELP = """\
+/help              this list
+/system [TEXT]     set the system message, or clear it; starts the chat anew
+/set [NAME VALUE]  set max_new_tokens, temperature, top_p, top_k, repetition_penalty or seed; alone: show them
+/clear             forget the conversation
+/retry             answer the last message again
+/stats             speed, expert hits, bytes, memory planned and used
+/quit              leave (or Ctrl-D); Ctrl-C stops an answer and keeps the chat"""
+
+SETTINGS: dict[str, type] = {
+    "max_new_tokens": int,
+    "temperature": float,
+    "top_p": float,
+    "top_k": int,
+    "repetition_penalty": float,
+    "seed": int,
+}
+
+
+def sampling(max_new_tokens: int, temperature: float | None, top_p: float | None, seed: int | None) -> dict[str, Any]:
+    """The settings a chat starts with; what is None is the model's own."""
+    given = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def answer_once(engine: Engine, prompt: str, system: str | None, settings: dict[str, Any], as_json: bool) -> None:
+    """Stream one answer; with `as_json` also the figures, as the last line. Ctrl-C ends it with what there is."""
+    answer = _stream(Conversation(engine, system), prompt, settings)
+    if as_json:
+        print(json.dumps(figures(engine, answer), ensure_ascii=False), flush=True)
+
+
+def figures(engine: Engine, answer: Answer | None) -> dict[str, Any]:
+    """The engine's stats, with the answer's text first."""
+    return {"text": answer.text if answer else "", "finish": answer.finish if answer else None} | engine.stats()
+
+
+def run(engine: Engine, system: str | None, settings: dict[str, Any], as_json: bool) -> None:
+    """Read, answer, repeat, until end of input or /quit."""
+    chat, last = Conversation(engine, system), None
+    terminal = sys.stdin.isatty()
+    if terminal:
+        _history()
+        print(banner(engine))
+    for line in _lines(terminal):
+        if not line.startswith("/"):
+            last = _guarded(lambda line=line: _stream(chat, line, settings)) or last
+            continue
+        name, _, rest = line[1:].partition(" ")
+        if name in ("quit", "exit"):
+            break
+        if name == "retry":
+            last = _guarded(lambda: _stream(chat, None, settings)) or last
+        else:
+            _guarded(lambda name=name, rest=rest: _command(chat, settings, name, rest.strip()))
+    if as_json:
+        print(json.dumps(figures(engine, last), ensure_ascii=False), flush=True)
+
+
+def banner(engine: Engine) -> str:
+    plan = engine.plan
+    return (
+        f"{engine.store.folder.name} on {engine.device.name}: {plan.slots} of {plan.experts} experts fit ({plan.residency:.0%}), "
+        f"budget {size(plan.budget_bytes)}, context {plan.ctx} tokens. /help for commands."
+    )
+
+
+def _stream(chat: Conversation, text: str | None, settings: dict[str, Any]) -> Answer | None:
+    options = _options(settings)
+    with _interruptible() as stop:
+        show = _Progress()
+        watch = {"on_text": show.text, "on_layer": show.layer, "cancelled": stop.is_set}
+        answer = chat.retry(**watch, **options) if text is None else chat.say(text, **watch, **options)
+        show.end()
+    if answer is None:
+        print("nothing to retry yet")
+    elif answer.finish == "cancelled":
+        print("[stopped]")
+    elif answer.finish == "length":
+        print(f"[stopped at {answer.new_tokens} tokens: /set max_new_tokens N, or a larger --ctx]", file=sys.stderr)
+    return answer
+
+
+def _options(settings: dict[str, Any]) -> dict[str, Any]:
+    options = dict(settings)
+    if "seed" in options:
+        seed(options.pop("seed"))
+    if options.get("temperature") == 0:
+        options.pop("temperature")
+        options.pop("top_p", None)
+        options["do_sample"] = False
+    elif "temperature" in options or "top_p" in options:
+        options["do_sample"] = True
+    return options
+
+
+def _command(chat: Conversation, settings: dict[str, Any], name: str, rest: str) -> None:
+    if name == "help":
+        print(HELP)
+    elif name == "clear":
+        chat.clear()
+        print("conversation cleared")
+    elif name == "system":
+        chat.clear()
+        chat.system = rest or None
+        print("system message set" if rest else "system message cleared")
+    elif name == "set":
+        _set(settings, rest)
+    elif name == "stats":
+        print(stats_text(chat.engine.stats(), chat.reused_tokens))
+    else:
+        raise Refusal(
+            "E_COMMAND",
+            f"unknown command /{name}",
+            nearest(name, ["help", "system", "set", "clear", "retry", "stats", "quit"]),
+        )
+
+
+def _set(settings: dict[str, Any], rest: str) -> None:
+    name, _, value = rest.partition(" ")
+    if name and name not in SETTINGS:
+        raise Refusal("E_SETTING", f"unknown setting {name!r}", nearest(name, list(SETTINGS)))
+    if name:
+        try:
+            settings[name] = SETTINGS[name](value)
+        except ValueError as error:
+            raise Refusal(
+                "E_SETTING", f"{value!r} is no {SETTINGS[name].__name__}", f"say /set {name} NUMBER"
+            ) from error
+    print("  ".join(f"{name}={settings.get(name, 'model default')}" for name in SETTINGS))
+
+
+def stats_text(s: dict[str, Any], reused: int) -> str:
+    asked = s["hits"] + s["in_flight"] + s["misses"]
+    share = {name: s[name] / asked if asked else 0 for name in ("hits", "in_flight", "misses")}
+    ttft = f"{s['ttft_s']:.2f} s to the first token" if s["ttft_s"] is not None else "no answer yet"
+    rate = f"{s['decode_tok_s']:.1f} tokens/s" if s["decode_tok_s"] else "-"
+    link = f"{s['link_gbps']:.2f} GB/s while busy" if s["link_gbps"] else "idle"
+    return (
+        f"last answer   {ttft}, then {rate}; {s['prompt_tokens']} prompt tokens ({reused} of them kept from before), {s['new_tokens']} new\n"
+        f"experts       {share['hits']:.1%} hit, {share['in_flight']:.1%} in flight, {share['misses']:.1%} missed; "
+        f"{s['slots']} of {s['experts']} fit\n"
+        f"moved         {size(s['bytes_moved'])}, {link}\n"
+        f"memory        {size(s['used_bytes'])} used of {size(s['planned_bytes'])} planned, budget {size(s['budget_bytes'])}"
+    )
+
+
+def _guarded(act: Any) -> Any:
+    try:
+        return act()
+    except Refusal as refusal:
+        print(f"error: {refusal}", file=sys.stderr)
+        return None
+
+
+def _lines(terminal: bool) -> Iterator[str]:
+    while True:
+        try:
+            line = input("> " if terminal else "").strip()
+        except EOFError:
+            if terminal:
+                print()
+            return
+        except KeyboardInterrupt:
+            print("\n(/quit or Ctrl-D leaves)")
+            continue
+        if line:
+            yield line
+
+
+def _history() -> None:
+    try:
+        import readline  # noqa: F401  line editing and history for input()
+    except ImportError:
+        return
+
+
+@contextmanager
+def _interruptible() -> Iterator[threading.Event]:
+    """Ctrl-C sets the event instead of raising, so that an answer ends between tokens and the chat stays whole."""
+    stop = threading.Event()
+    former = signal.signal(signal.SIGINT, lambda *_: stop.set())
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, former)
+
+
+class _Progress:
+    """The answer on stdout as it comes; before it, in a terminal, how far the prompt has been read."""
+
+    def __init__(self) -> None:
+        self._shown = 0
+        self._terminal = sys.stderr.isatty()
+
+    def layer(self, done: int, layers: int) -> None:
+        if self._terminal:
+            line = f"reading the prompt: layer {done + 1} of {layers}"
+            self._shown = len(line)
+            print(f"\r{line}", end="", file=sys.stderr, flush=True)
+
+    def text(self, piece: str) -> None:
+        self._wipe()
+        print(piece, end="", flush=True)
+
+    def end(self) -> None:
+        self._wipe()
+        print(flush=True)
+
+    def _wipe(self) -> None:
+        if self._shown:
+            print(f"\r{' ' * self._shown}\r", end="", file=sys.stderr, flush=True)
+            self._shown = 0
