@@ -36,6 +36,11 @@ _SAMPLED_TENSORS = 4096
 _WHOLE_FILE = 64 << 20
 
 
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0][:160] if text else type(error).__name__
+
+
 def quiet() -> None:
     """transformers' own progress bars and reports would break ours; its errors still rise."""
     transformers.logging.set_verbosity_error()
@@ -97,13 +102,15 @@ def read_config(folder: Path) -> Any:
 
 def build_meta(config: Any, dtype: torch.dtype) -> Any:
     """The stock model for `config` with every tensor on the meta device, in evaluation mode."""
-    config = copy.deepcopy(config)
+    if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise Refusal("E_CONFIG", f"model type {config.model_type!r} has no causal language model in transformers",
+                      "use a text-generation checkpoint")  # fmt: skip
     try:
         with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except ValueError as error:
-        raise Refusal("E_CONFIG", f"model type {config.model_type!r} has no causal language model in transformers",
-                      "use a text-generation checkpoint") from error  # fmt: skip
+            model = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+    except Exception as error:  # a family's code over a config that it does not expect: anything can come
+        raise Refusal("E_CONFIG", f"transformers {transformers.__version__} cannot build the {config.model_type!r} model of this "
+                      f"config ({_first_line(error)})", "check config.json, or use a newer transformers") from error  # fmt: skip
     return model.eval()
 
 
@@ -339,22 +346,23 @@ def kv_bytes(model: Any, tokens: int) -> int:
 
     `model` must be on meta with its experts replaced by something that runs there.
     """
-    cache = transformers.DynamicCache(config=model.config.get_text_config())
     ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
-    with torch.no_grad():
-        model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    return cache_bytes(cache)
+    with torch.no_grad():  # without a cache given, the model makes the kind that it needs
+        return cache_bytes(model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values)
 
 
 def cache_bytes(cache: Any) -> int:
-    """Bytes that a transformers cache holds in tensors."""
-    seen: dict[int, int] = {}
-    for layer in getattr(cache, "layers", []):
-        for value in vars(layer).values():
-            for tensor in value if isinstance(value, (list, tuple)) else (value,):
-                if isinstance(tensor, torch.Tensor):
-                    seen[id(tensor)] = tensor.numel() * tensor.element_size()
-    return sum(seen.values())
+    """Bytes that a transformers cache holds in tensors: keys and values, index keys, states of linear attention."""
+    held = [tensor for part in (cache, *getattr(cache, "layers", ())) for tensor in _tensors(vars(part))]
+    return sum(tensor.numel() * tensor.element_size() for tensor in {id(tensor): tensor for tensor in held}.values())
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (list, tuple, dict)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(part)
 
 
 def model_limit(config: Any) -> int | None:

@@ -1,7 +1,7 @@
 """The machine, and the only file that names CUDA, pinned memory, streams or threads.
 
 A device has a compute stream, a copy stream, arenas of memory, and one way to wait for its data (`read`). Work is handed
-over as `stream.submit(fn, after=events, lane=..., cost=...) -> Event`. It knows nothing of experts, slots or files.
+over as `stream.submit(fn, after=events, behind=events, lane=..., cost=...) -> Event`. It knows nothing of experts, slots or files.
 """
 
 from __future__ import annotations
@@ -51,11 +51,16 @@ class Event:
         if self._mark is not None:
             self._mark.synchronize()
 
-    def order(self, stream: torch.cuda.Stream | None) -> None:
-        """Make later work wait: on `stream` for device marks, on this thread for anything the host does."""
+    def order(self, stream: torch.cuda.Stream | None, needed: bool = True) -> None:
+        """Make later work wait: on `stream` for device marks, on this thread for anything the host does.
+
+        Where its result is `needed`, its failure rises here; else it only has to be over.
+        """
         self._issued.wait()
         if self.error is not None:
-            raise self.error
+            if needed:
+                raise self.error
+            return
         if self._mark is not None:
             stream.wait_event(self._mark) if stream is not None else self._mark.synchronize()
 
@@ -73,6 +78,7 @@ DONE = _happened()  # what holds before anything was submitted
 class _Job:
     fn: Callable[[], Any]
     after: tuple[Event, ...]
+    behind: tuple[Event, ...]
     event: Event
     cost: int
 
@@ -84,10 +90,17 @@ class InlineStream:
         self._cuda = cuda
 
     def submit(
-        self, fn: Callable[[], Any], after: Iterable[Event] = (), lane: Lane = Lane.DEMAND, cost: int = 0
+        self,
+        fn: Callable[[], Any],
+        after: Iterable[Event] = (),
+        behind: Iterable[Event] = (),
+        lane: Lane = Lane.DEMAND,
+        cost: int = 0,
     ) -> Event:
-        """Run `fn` once all of `after` happened; exceptions rise here."""
+        """Run `fn` once all of `after` succeeded and all of `behind` are over; exceptions rise here."""
         stream = torch.cuda.current_stream() if self._cuda else None
+        for event in behind:
+            event.order(stream, needed=False)
         for event in after:
             event.order(stream)
         fn()
@@ -122,10 +135,18 @@ class WorkerStream:
             thread.start()
 
     def submit(
-        self, fn: Callable[[], Any], after: Iterable[Event] = (), lane: Lane = Lane.DEMAND, cost: int = 0
+        self,
+        fn: Callable[[], Any],
+        after: Iterable[Event] = (),
+        behind: Iterable[Event] = (),
+        lane: Lane = Lane.DEMAND,
+        cost: int = 0,
     ) -> Event:
-        """Queue `fn` behind its lane; it starts once all of `after` happened. What it raises, `Event.wait` raises."""
-        job = _Job(fn, tuple(after), Event(), cost)
+        """Queue `fn` in its lane; it starts once all of `after` succeeded and all of `behind` are over.
+
+        What `fn`, or an event of `after`, raises, waiting for the returned event raises. `cost` is bytes or FLOPs.
+        """
+        job = _Job(fn, tuple(after), tuple(behind), Event(), cost)
         with self._wake:
             if self._closed:
                 raise RuntimeError("the stream is closed: the engine was shut down")
@@ -172,6 +193,8 @@ class WorkerStream:
     def _work(self) -> None:
         while (job := self._next()) is not None:
             try:
+                for event in job.behind:
+                    event.order(self._cuda, needed=False)
                 for event in job.after:
                     event.order(self._cuda)
                 self._enter()

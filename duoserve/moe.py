@@ -16,7 +16,7 @@ from torch import nn
 from duoserve.cache import ExpertCache
 from duoserve.core import Observer, Phase, Route, Step
 from duoserve.decode import Decode
-from duoserve.device import Device
+from duoserve.device import Device, Event
 from duoserve.experts import Groups, Weights, combine, expert_function, group
 from duoserve.prefill import Prefill
 from duoserve.transfer import Transfer
@@ -73,6 +73,7 @@ class Runtime:
             groups = group(x_TD, ids, self._per_layer[layer])
             tokens = {expert: stop - start for expert, (start, stop) in groups.spans.items()}
             schedule = self.prefill if self._is_dense(layer, len(tokens), x_TD.shape[0]) else self.decode
+            reads: list[Event] = []
             with closing(schedule.run(layer, tokens)) as slots:
                 for slot in slots:
                     try:
@@ -83,8 +84,9 @@ class Runtime:
                         self.transfer.abandon(slot)
                         raise
                     self.transfer.release(slot, read)
+                    reads.append(read)
             y: list[torch.Tensor] = []
-            done = self.device.compute.submit(lambda: y.append(combine(groups, weights_TK, x_TD.dtype)))
+            done = self.device.compute.submit(lambda: y.append(combine(groups, weights_TK, x_TD.dtype)), reads)
             self.device.join(done)
             return y[0]
 

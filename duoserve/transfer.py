@@ -61,12 +61,12 @@ class Transfer:
         assert key is not None, slot
         if slot.ready is not None:
             self.device.copy.cancel(slot.ready)  # a guess that gives way to this need, if nobody started it
-        after = slot.released if slot.ready is None else (*slot.released, slot.ready)
+        former = slot.released if slot.ready is None else (*slot.released, slot.ready)
         cost = self.store.layout(key.layer).slab_bytes
         if self.host is None:
-            slot.ready = self.device.copy.submit(lambda: self.store.read_into(key, into), after, lane, cost)
+            slot.ready = self.device.copy.submit(lambda: self.store.read_into(key, into), (), former, lane, cost)
         else:
-            slot.ready = self.host.send(key, into[:cost], after, lane)
+            slot.ready = self.host.send(key, into[:cost], former, lane)
         slot.released = ()
         return slot
 
@@ -95,7 +95,7 @@ class Transfer:
         arriving: deque[Slot] = deque()
         absent: deque[Key] = deque()
         for key in keys:
-            slot = self.cache.lookup(key)
+            slot = _whole(self.cache, key)
             if slot is None:
                 absent.append(key)
                 continue
@@ -124,10 +124,8 @@ class Transfer:
         self.cache.unpin(slot)
 
     def abandon(self, slot: Slot) -> None:
-        """Nobody will read it now: hand the slot back, and forget its key where the copy failed."""
+        """Nobody will read it now: hand the slot back."""
         self.cache.unpin(slot)
-        if slot.ready.done and slot.ready.error is not None:
-            self.cache.forget(slot)
 
     def counts(self) -> Counts:
         return Counts(self.hits, self.in_flight, self.misses, self.guesses)
@@ -159,17 +157,17 @@ class HostTier:
         if hasattr(self.device, "pin"):
             self.device.pin(self.memory)
 
-    def send(self, key: Key, into: torch.Tensor, after: tuple[Event, ...], lane: Lane) -> Event:
+    def send(self, key: Key, into: torch.Tensor, behind: tuple[Event, ...], lane: Lane) -> Event:
         """Copy one slab to `into` on the device, through host memory; returns the event of its arrival."""
         with self._lock:
-            slot = self.cache.lookup(key)
+            slot = _whole(self.cache, key)
             if slot is not None:
                 self.cache.pin(slot)
             else:
                 slot = self._read(key, lane)
             source = self._slab(slot)[: into.numel()]
             sent = self.device.copy.submit(
-                lambda: into.copy_(source, non_blocking=True), (*after, slot.ready), lane, into.numel()
+                lambda: into.copy_(source, non_blocking=True), (slot.ready,), behind, lane, into.numel()
             )
             slot.released = (*(e for e in slot.released if not e.done), sent)
             self.cache.keep(slot)
@@ -180,11 +178,22 @@ class HostTier:
         slot = self.cache.claim(key)
         assert slot is not None, key  # nothing stays pinned outside `send`
         into = self._slab(slot)
-        after = slot.released if slot.ready is None else (*slot.released, slot.ready)
-        slot.ready = self.device.disk.submit(lambda: self.store.read_into(key, into), after, lane, into.numel())
+        former = slot.released if slot.ready is None else (*slot.released, slot.ready)
+        slot.ready = self.device.disk.submit(
+            lambda: self.store.read_into(key, into), (), former, lane, self.store.layout(key.layer).slab_bytes
+        )
         slot.released = ()
         self.disk_reads += 1
         return slot
 
     def _slab(self, slot: Slot) -> torch.Tensor:
         return self.memory[slot.index * self.slab_bytes : (slot.index + 1) * self.slab_bytes]
+
+
+def _whole(cache: ExpertCache, key: Key) -> Slot | None:
+    """The slot of a key whose copy has not failed; one that has is forgotten, to be fetched again."""
+    slot = cache.lookup(key)
+    if slot is not None and slot.ready.done and slot.ready.error is not None:
+        cache.forget(slot)
+        return None
+    return slot
