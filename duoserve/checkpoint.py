@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.fx.experimental._config as torch_shapes
 import transformers
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -34,6 +35,7 @@ _SIDE_FILES = re.compile(r"(config|generation_config|tokenizer.*|special_tokens_
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _SAMPLED_TENSORS = 4096
 _WHOLE_FILE = 64 << 20
+_LEAST_PERIOD = 128  # tokens; no compressed cache joins more into one
 
 
 def _first_line(error: BaseException) -> str:
@@ -344,11 +346,30 @@ def _glob(pattern: str) -> str:
 def kv_bytes(model: Any, tokens: int) -> int:
     """Bytes of cache after `tokens` tokens of one sequence, by running the meta model: exact for any attention.
 
+    Where the model cannot run on meta: a bound, as if every layer kept keys and values of every attention head.
     `model` must be on meta with its experts replaced by something that runs there.
     """
     ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
-    with torch.no_grad():  # without a cache given, the model makes the kind that it needs
-        return cache_bytes(model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values)
+    try:  # without a cache given, the model makes the kind that it needs; indexers ask for the non-zeros of a mask
+        with torch.no_grad(), torch_shapes.patch(meta_nonzero_assume_all_nonzero=True):
+            return cache_bytes(model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values)
+    except Refusal:
+        raise
+    except Exception:
+        return _kv_bound(model.config.get_text_config(), tokens, model.dtype)
+
+
+def _kv_bound(text: Any, tokens: int, dtype: torch.dtype) -> int:
+    heads = int(text.num_attention_heads)
+    sides = (getattr(text, name, None) for name in ("head_dim", "qk_head_dim", "v_head_dim"))
+    head = max([text.hidden_size // heads, *(side for side in sides if isinstance(side, int))])
+    return 2 * int(text.num_hidden_layers) * heads * head * tokens * dtype.itemsize
+
+
+def kv_period(config: Any) -> int:
+    """Tokens after which a cache has seen every window and block, so that from there on it grows by the same each time."""
+    sides = [value for name, value in config.get_text_config().to_dict().items() if re.search("window|chunk|block_size", name)]
+    return max(_LEAST_PERIOD, *(-(-side // _LEAST_PERIOD) * _LEAST_PERIOD for side in sides if isinstance(side, int)), 0)
 
 
 def cache_bytes(cache: Any) -> int:

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import sys
 import time
@@ -212,5 +211,5 @@ def _say(line: str, status: int) -> int:
     return status
 
 
-def print_json(data: dict[str, Any]) -> None:
-    print(json.dumps(data, ensure_ascii=False), flush=True)
+if __name__ == "__main__":
+    main()

@@ -80,7 +80,7 @@ class Conversation:
         cache = self._cache
         if cache is not None and 0 < same < len(self._ids):
             if all(type(layer) is transformers.cache_utils.DynamicLayer for layer in cache.layers):
-                cache.crop(same)
+                cache.crop(same - len(self._ids))  # below zero: how many to drop
             else:
                 cache = None
         if cache is None or same == 0:

@@ -75,9 +75,15 @@ class Refusal(ValueError):
         self.status = status
 
 
+FEW = 8
+
+
 def nearest(word: str, known: list[str] | tuple[str, ...]) -> str:
-    """A hint naming the closest known word, or all of them; for messages about unknown names."""
+    """A hint naming the closest known word, and all of them where they are few; for messages about unknown names."""
     import difflib
 
     close = difflib.get_close_matches(word, known, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+    hints = [f"did you mean {close[0]!r}?"] if close else []
+    if not close or len(known) <= FEW:
+        hints.append(f"known: {', '.join(known)}")
+    return " ".join(hints)

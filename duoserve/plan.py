@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from duoserve.checkpoint import build_meta, find_experts, kv_bytes, model_limit, replace_module, tensor_bytes
+from duoserve.checkpoint import build_meta, find_experts, kv_bytes, kv_period, model_limit, replace_module, tensor_bytes
 from duoserve.config import EngineConfig, parse_size
 from duoserve.core import Refusal
 from duoserve.store import Store
@@ -73,9 +73,19 @@ class Sizes:
             replace_module(self.model, spec.name, _Shape(spec.module, self.model.config.model_type))
         self.trunk_bytes = tensor_bytes(self.model, dtype)
         self.limit = model_limit(self.model.config)
+        self._period = kv_period(self.model.config)
         self._kv: dict[int, int] = {}
 
     def kv_bytes(self, tokens: int) -> int:
+        """Bytes of the cache of one sequence. Far beyond windows it is extended by its growth per period, because some
+        attentions run token by token, even on meta."""
+        first = self._period + tokens % self._period
+        periods = (tokens - first) // self._period
+        if periods < 2:
+            return self._measured(tokens)
+        return self._measured(first) + periods * (self._measured(first + self._period) - self._measured(first))
+
+    def _measured(self, tokens: int) -> int:
         if tokens not in self._kv:
             self._kv[tokens] = kv_bytes(self.model, tokens)
         return self._kv[tokens]

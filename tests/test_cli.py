@@ -1,0 +1,171 @@
+"""The command line as a user meets it: real processes, real terminals."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+COMMAND = [sys.executable, "-m", "duoserve.cli"]
+
+
+def run(cache: Path, *args: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    env = os.environ | {"DUOSERVE_CACHE": str(cache)}
+    return subprocess.run([*COMMAND, *args], capture_output=True, text=True, env=env, timeout=240, **options)
+
+
+def test_help_imports_no_torch() -> None:
+    code = "import sys; sys.argv = ['duoserve', '--help']\nfrom duoserve.cli import main\ntry: main()\nexcept SystemExit: pass\n"
+    code += "print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert out.stdout.strip().endswith("[]"), out.stdout + out.stderr
+    assert "chat" in out.stdout and "convert" in out.stdout
+
+
+def test_version() -> None:
+    assert re.fullmatch(r"duoserve \d+\.\d+\.\d+\n", run(Path(), "--version").stdout)
+
+
+def test_one_prompt_with_figures(cache: Path) -> None:
+    done = run(cache, "chat", "--prompt", "What is a list?", "--max-new-tokens", "24", "--seed", "1", "--json")
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout.splitlines()[-1])
+    wanted = "text prompt_tokens new_tokens ttft_s decode_tok_s residency hits in_flight misses bytes_moved link_gbps budget_bytes used_bytes"
+    assert set(wanted.split()) <= set(figures)
+    assert figures["text"].strip() in done.stdout and figures["residency"] == 0.5
+    assert 0 < figures["used_bytes"] <= figures["budget_bytes"]
+
+
+def test_the_same_seed_gives_the_same_answer(cache: Path) -> None:
+    answers = [run(cache, "chat", "-p", "Hello", "--max-new-tokens", "16", "--seed", "5").stdout for _ in range(2)]
+    assert answers[0] == answers[1]
+
+
+def test_lines_from_a_pipe_are_turns(cache: Path) -> None:
+    done = run(cache, "chat", "--max-new-tokens", "8", "--json", input="What is a list?\n/stats\n/nonsense\nAnd a tuple?\n")
+    assert done.returncode == 0 and "unknown command /nonsense" in done.stderr and "hit" in done.stdout
+    assert json.loads(done.stdout.splitlines()[-1])["new_tokens"] > 0
+
+
+def test_convert_then_chat_with_the_store(toy: Any, cache: Path, tmp_path: Path) -> None:
+    done = run(cache, "convert", str(toy("mixtral")), "-o", str(tmp_path / "store"), "--format", "nf4")
+    assert done.returncode == 0 and "nf4 expert store" in done.stdout, done.stderr
+    done = run(cache, "chat", str(tmp_path / "store"), "-p", "x")
+    assert done.returncode == 3 and "E_TOKENIZER" in done.stderr, "toys have no tokenizer"
+
+
+CASES = [
+    (("chta",), 2, "Did you mean 'chat'"),
+    (("chat", "--budjet", "1GiB"), 2, "--budget"),
+    (("chat", "--budget", "lots"), 2, "is not a size"),
+    (("chat", "--budget", "1MiB", "-p", "x"), 4, "the smallest is"),
+    (("chat", "--format", "int3"), 2, "did you mean 'int4'"),
+    (("chat", "--device", "gpu"), 2, "known: auto, cpu, cuda"),
+    (("chat", "--ctx", "many"), 2, "not a number of tokens"),
+    (("chat", "no/such/folder", "-p", "x"), 3, "no model folder"),
+    (("chat", "nobody/nothing-here", "-p", "x"), 3, "no such model"),
+    (("convert", "nowhere", "-o", "out"), 3, "no model folder"),
+    (("convert",), 2, "Missing"),
+]
+
+
+@pytest.mark.parametrize(("args", "status", "says"), CASES, ids=lambda v: " ".join(v) if isinstance(v, tuple) else None)
+def test_errors_are_one_line_with_an_exit_code(cache: Path, args: tuple[str, ...], status: int, says: str) -> None:
+    done = run(cache, *args)
+    assert done.returncode == status, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1 and done.stderr.startswith("error: E_") and says in done.stderr
+
+
+@pytest.mark.parametrize(("family", "says"), [("llama", "E_NOT_MOE"), ("llama4_text", "E_LAYOUT"), ("jetmoe", "E_LAYOUT")])
+def test_models_we_cannot_serve_are_refused(cache: Path, tmp_path: Path, family: str, says: str) -> None:
+    import toys
+
+    small = toys._BASE | {"intermediate_size": 96, "num_hidden_layers": 1}
+    special = {"llama4_text": {"num_local_experts": 2, "intermediate_size_mlp": 96, "head_dim": 16},
+               "jetmoe": {"kv_channels": 16, "num_local_experts": 4, "num_experts_per_tok": 2}}  # fmt: skip
+    folder = toys.make(tmp_path / family, family, **(small | special.get(family, {})))
+    done = run(cache, "chat", str(folder), "-p", "x")
+    assert done.returncode == 2 and done.stderr.startswith(f"error: {says}"), done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+class Terminal:
+    """The program on a pseudo-terminal, as a person sees it."""
+
+    def __init__(self, cache: Path, *args: str):
+        pid, self.fd = pty.fork()
+        if pid == 0:
+            os.environ |= {"DUOSERVE_CACHE": str(cache), "TERM": "dumb"}
+            os.execv(sys.executable, [*COMMAND, *args])
+        self.pid, self.unread = pid, ""
+
+    def until(self, text: str, seconds: float = 120) -> str:
+        """Read until `text` comes, after what was returned before; returns what came up to its end."""
+        end = time.monotonic() + seconds
+        while text not in self.unread:
+            left = end - time.monotonic()
+            assert left > 0 and select.select([self.fd], [], [], left)[0], f"no {text!r} in {self.unread!r}"
+            self.unread += os.read(self.fd, 4096).decode(errors="replace")
+        came, _, self.unread = self.unread.partition(text)
+        return came + text
+
+    def say(self, line: str) -> None:
+        os.write(self.fd, line.encode() + b"\n")
+
+    def leave(self) -> int:
+        self.say("/quit")
+        while True:
+            try:
+                if not os.read(self.fd, 4096):
+                    break
+            except OSError:  # the other end closed
+                break
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+def test_a_chat_in_a_terminal(cache: Path) -> None:
+    chat = Terminal(cache, "chat", "--temperature", "0", "--max-new-tokens", "600")
+    assert "96 of 192 experts fit" in chat.until("> ")
+    chat.say("/help")
+    assert "/retry" in chat.until("> ")
+    chat.say("/set max_new_tokens 16")
+    chat.until("max_new_tokens=16")
+    chat.say("What is a list?")
+    chat.until("\n> ")
+    chat.say("/set temprature 3")
+    assert "did you mean 'temperature'" in chat.until("\n> ")
+    chat.say("/stats")
+    assert "experts" in chat.until("budget")
+    chat.until("> ")
+    chat.say("/retry")
+    chat.until("\n> ")
+    chat.say("/clear")
+    chat.until("conversation cleared")
+    assert chat.leave() == 0
+
+
+def test_ctrl_c_stops_the_answer_and_keeps_the_chat(cache: Path) -> None:
+    chat = Terminal(cache, "chat", "--temperature", "0", "--max-new-tokens", "900")
+    chat.until("> ")
+    chat.say("What is a list?")
+    chat.until("\n")
+    time.sleep(0.3)
+    os.kill(chat.pid, signal.SIGINT)
+    chat.until("> ")
+    chat.say("/set max_new_tokens 4")
+    chat.until("max_new_tokens=4")
+    chat.say("And a tuple?")
+    chat.until("> ")
+    os.kill(chat.pid, signal.SIGINT)
+    chat.until("leaves")
+    assert chat.leave() == 0

@@ -1,0 +1,144 @@
+"""Prompts in, text and figures out."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+import toys
+
+from duoserve.conversation import Conversation
+from duoserve.core import Phase, Refusal, Step
+
+
+@pytest.fixture(scope="module")
+def engine(cache: Any) -> Any:
+    import duoserve
+
+    with duoserve.load(cache_dir=str(cache)) as engine:
+        yield engine
+
+
+GREEDY = {"do_sample": False, "max_new_tokens": 12}
+
+
+def test_the_demo_is_a_stock_model_half_of_whose_experts_fit(engine: Any) -> None:
+    assert type(engine.model).__module__.startswith("transformers.models.")
+    assert engine.plan.residency == 0.5
+
+
+def test_generate_answers_texts_and_messages(engine: Any) -> None:
+    for prompt in ("A list is", [{"role": "user", "content": "What is a list?"}]):
+        answer = engine.generate(prompt, **GREEDY)
+        assert str(answer) == answer.text and 1 <= answer.new_tokens <= 12
+        assert answer.prompt_tokens == engine.encode(prompt).shape[1] and answer.ttft_s > 0
+
+
+def test_stream_gives_the_text_of_generate(engine: Any) -> None:
+    assert "".join(engine.stream("A list is", **GREEDY)) == engine.generate("A list is", **GREEDY).text
+
+
+def test_closing_a_stream_stops_the_generation(engine: Any) -> None:
+    before = engine.runtime.steps
+    stream = engine.stream("A list is", do_sample=False, max_new_tokens=500, eos_token_id=-1)
+    next(stream)
+    stream.close()
+    assert engine.runtime.steps - before < 400
+    assert engine.generate("A list is", **GREEDY).new_tokens > 0
+
+
+def test_cancelling_keeps_what_there_is(engine: Any) -> None:
+    pieces: list[str] = []
+    answer = engine.generate("A list is", on_text=pieces.append, cancelled=lambda: len(pieces) >= 2, do_sample=False,
+                             max_new_tokens=200, eos_token_id=-1)  # fmt: skip
+    assert answer.finish == "cancelled" and 0 < answer.new_tokens < 200
+    assert engine.generate("A list is", cancelled=lambda: True, **GREEDY).new_tokens == 0
+    engine.runtime.cache.check()
+
+
+def test_the_reading_of_a_prompt_is_reported_layer_by_layer(engine: Any) -> None:
+    seen: list[tuple[int, int]] = []
+    engine.generate("A list is", on_layer=lambda done, n: seen.append((done, n)), **GREEDY)
+    assert seen == [(i, 6) for i in range(6)]
+
+
+def test_refusals_name_the_numbers(engine: Any) -> None:
+    with pytest.raises(Refusal, match="the context 1024"):
+        engine.generate("word " * 3000)
+    with pytest.raises(Refusal, match="did you mean 'max_new_tokens'|did you mean 'temperature'"):
+        engine.generate("A list", temprature=1.0)
+
+
+def test_stats_are_json_and_add_up(engine: Any) -> None:
+    before = engine.stats()
+    answer = engine.generate("The interpreter", **GREEDY)
+    after = json.loads(json.dumps(engine.stats()))
+    assert after["new_tokens"] == answer.new_tokens
+    assert after["bytes_moved"] == after["misses"] * 0 + (after["misses"] + after["guesses"]) * engine.store.slab_bytes
+    asked = sum(after[k] - before[k] for k in ("hits", "in_flight", "misses"))
+    assert asked >= 6 * 4 * (answer.new_tokens - 1), "six layers, four experts each, at every token"
+    assert after["used_bytes"] <= after["planned_bytes"] <= after["budget_bytes"]
+
+
+def test_observers_get_finished_steps(toy: Any, load: Any) -> None:
+    engine, steps = load(toy("qwen3_moe"), budget="half"), []
+    engine.runtime.observers.append(steps.append)
+    ids = toys.ids(2, 7)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    engine.model.generate(ids, attention_mask=mask, max_new_tokens=3, do_sample=False)
+    first, *rest = steps
+    assert isinstance(first, Step) and first.phase is Phase.PREFILL and first.rows == 14
+    assert torch.equal(first.ids_BS, ids) and torch.equal(first.padding_BS, mask == 0)
+    assert [route.layer for route in first.routes] == [0, 1, 2] and first.routes[0].ids_TK.shape == (14, 2)
+    assert [step.phase for step in rest] == [Phase.DECODE] * 2
+    assert rest[0].positions_BS.tolist() == [[4], [7]]
+
+
+def test_two_threads_share_one_engine(engine: Any) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    prompts = ["A list is", "The interpreter", "To install", "A module"]
+    alone = [engine.generate(p, **GREEDY).text for p in prompts]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda p: engine.generate(p, **GREEDY).text, prompts)) == alone
+    engine.runtime.cache.check()
+
+
+def test_a_conversation_reads_only_what_is_new(engine: Any) -> None:
+    chat = Conversation(engine)
+    for text in ("What is a list?", "And a tuple?", "Why?"):
+        answer = chat.say(text, **GREEDY)
+    assert len(chat.messages) == 6 and chat.messages[-1]["content"] == answer.text
+    assert chat.reused_tokens > 0.5 * answer.prompt_tokens
+    fresh = Conversation(engine, reuse=False)
+    fresh.messages = chat.messages[:4]
+    assert fresh.say("Why?", **GREEDY).prompt_tokens == answer.prompt_tokens
+
+
+def test_retry_answers_the_same_question_again(engine: Any) -> None:
+    chat = Conversation(engine)
+    first = chat.say("What is a list?", **GREEDY)
+    again = chat.retry(**GREEDY)
+    assert again.prompt_tokens == first.prompt_tokens and len(chat.messages) == 2
+    chat.clear()
+    assert chat.retry() is None
+
+
+def test_reusing_keys_and_values_gives_float32_the_same_tokens(load: Any) -> None:
+    engine = load(dtype="float32", format="bf16", budget="half")
+    answers = []
+    for reuse in (True, False):
+        chat = Conversation(engine, reuse=reuse)
+        answers.append([chat.say(text, **GREEDY).text for text in ("What is a list?", "And a tuple?", "Why?")])
+    assert answers[0] == answers[1]
+
+
+def test_float16_checkpoints_stay_float16(toy: Any, load: Any) -> None:
+    folder = toy("qwen3_moe", dtype=torch.float16)
+    engine = load(folder, format="bf16", budget="half")
+    with torch.no_grad():
+        got, want = engine.model(toys.ids()).logits, toys.stock(folder, torch.float16)(toys.ids()).logits
+    assert got.dtype == torch.float16 and ((got - want).norm() / want.norm()).item() < 0.02

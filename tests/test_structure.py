@@ -1,0 +1,91 @@
+"""The house keeps its floors: imports go down only, the machine is one file, nothing loaded can run code (design.md 3, D4)."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FLOORS = {
+    0: {"version", "core", "config", "device", "codec", "checkpoint"},
+    1: {"store", "cache", "experts"},
+    2: {"convert", "transfer"},
+    3: {"prefill", "decode"},
+    4: {"moe"},
+    5: {"plan"},
+    6: {"model"},
+    7: {"engine"},
+    8: {"conversation"},
+    9: {"repl"},
+    10: {"cli"},
+}
+FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
+SIDE_BY_SIDE = {("config", "core"), ("device", "core"), ("codec", "core"), ("checkpoint", "core")}
+MACHINE = re.compile(r"torch\.cuda|pin_memory|cudart|cudaHost|\.cuda\(|threading\.Thread\b|ThreadPoolExecutor|Stream\(\)")
+RUNS_CODE = re.compile(
+    r"\bimport (pickle|marshal|shelve|joblib|dill)\b|torch\.load\(|allow_pickle\s*=\s*True|yaml\.load\(|"
+    r"trust_remote_code\s*=\s*True|shell\s*=\s*True"
+)
+
+
+def files(*packages: str) -> list[Path]:
+    return [path for package in packages for path in sorted((ROOT / package).rglob("*.py"))]
+
+
+def imports(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+
+
+@pytest.mark.parametrize("path", files("duoserve"), ids=lambda p: p.stem)
+def test_imports_go_down_only(path: Path) -> None:
+    if path.name == "__init__.py":
+        return
+    for module in imports(path):
+        package, _, rest = module.partition(".")
+        assert package not in ("predictor", "traces", "dep_extension"), f"{path.name} imports {module}"
+        if package == "duoserve" and rest:
+            below = rest.split(".")[0]
+            allowed = FLOOR[below] < FLOOR[path.stem] or (path.stem, below) in SIDE_BY_SIDE
+            assert allowed, f"{path.name} (floor {FLOOR[path.stem]}) imports {below} (floor {FLOOR[below]})"
+
+
+def test_what_stands_beside_imports_only_the_words() -> None:
+    for path in files("predictor", "traces"):
+        assert {m for m in imports(path) if m.startswith("duoserve")} <= {"duoserve.core"}
+    for path in files("dep_extension"):
+        assert not {m for m in imports(path) if m.startswith(("duoserve", "predictor", "traces"))}
+
+
+@pytest.mark.parametrize("path", files("duoserve"), ids=lambda p: p.stem)
+def test_only_device_names_cuda_pinning_and_threads(path: Path) -> None:
+    if path.name != "device.py":
+        assert not MACHINE.search(path.read_text()), MACHINE.search(path.read_text())
+
+
+@pytest.mark.parametrize("path", files("duoserve", "predictor", "traces", "dep_extension"), ids=lambda p: p.stem)
+def test_nothing_that_is_loaded_can_run_code(path: Path) -> None:
+    assert not RUNS_CODE.search(path.read_text())
+    calls = {n.func.id for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
+    assert not calls & {"eval", "exec", "__import__"}
+
+
+def test_cache_and_core_import_no_torch() -> None:
+    for name in ("core", "cache", "config"):
+        assert not any(m == "torch" or m.startswith("torch.") for m in imports_at_runtime(ROOT / "duoserve" / f"{name}.py"))
+
+
+def imports_at_runtime(path: Path) -> Iterator[str]:
+    """Imports at module level, those for type checkers apart."""
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
