@@ -111,8 +111,8 @@ def build_meta(config: Any, dtype: torch.dtype) -> Any:
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
     except Exception as error:  # a family's code over a config that it does not expect: anything can come
-        raise Refusal("E_CONFIG", f"transformers {transformers.__version__} cannot build the {config.model_type!r} model of this "
-                      f"config ({_first_line(error)})", "check config.json, or use a newer transformers") from error  # fmt: skip
+        what = f"transformers {transformers.__version__} cannot build {config.model_type!r} ({_first_line(error)})"
+        raise Refusal("E_CONFIG", what, "check config.json, or use a newer transformers") from error
     return model.eval()
 
 
@@ -350,26 +350,29 @@ def kv_bytes(model: Any, tokens: int) -> int:
     `model` must be on meta with its experts replaced by something that runs there.
     """
     ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
-    try:  # without a cache given, the model makes the kind that it needs; indexers ask for the non-zeros of a mask
+    text = model.config.get_text_config(decoder=True)
+    try:  # the cache that `generate` would make; indexers ask for the non-zeros of a mask, which has none on meta
+        cache = transformers.DynamicCache(config=text) if model._supports_default_dynamic_cache() else None
         with torch.no_grad(), torch_shapes.patch(meta_nonzero_assume_all_nonzero=True):
-            return cache_bytes(model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values)
+            out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            return cache_bytes(out.past_key_values)
     except Refusal:
         raise
     except Exception:
-        return _kv_bound(model.config.get_text_config(), tokens, model.dtype)
+        return _kv_bound(text.to_dict(), tokens, model.dtype)
 
 
-def _kv_bound(text: Any, tokens: int, dtype: torch.dtype) -> int:
-    heads = int(text.num_attention_heads)
-    sides = (getattr(text, name, None) for name in ("head_dim", "qk_head_dim", "v_head_dim"))
-    head = max([text.hidden_size // heads, *(side for side in sides if isinstance(side, int))])
-    return 2 * int(text.num_hidden_layers) * heads * head * tokens * dtype.itemsize
+def _kv_bound(text: dict[str, Any], tokens: int, dtype: torch.dtype) -> int:
+    head = max((side for name, side in text.items() if name.endswith("head_dim") and isinstance(side, int)), default=0)
+    width = max(int(text["hidden_size"]), int(text["num_attention_heads"]) * head)
+    return 2 * int(text["num_hidden_layers"]) * width * tokens * dtype.itemsize
 
 
 def kv_period(config: Any) -> int:
-    """Tokens after which a cache has seen every window and block, so that from there on it grows by the same each time."""
-    sides = [value for name, value in config.get_text_config().to_dict().items() if re.search("window|chunk|block_size", name)]
-    return max(_LEAST_PERIOD, *(-(-side // _LEAST_PERIOD) * _LEAST_PERIOD for side in sides if isinstance(side, int)), 0)
+    """Tokens after which a cache has seen every window and block: from there on each period adds the same."""
+    text = config.get_text_config().to_dict()
+    sides = [side for name, side in text.items() if re.search("window|chunk|block_size", name) and type(side) is int]
+    return -(-max(sides, default=1) // _LEAST_PERIOD) * _LEAST_PERIOD
 
 
 def cache_bytes(cache: Any) -> int:

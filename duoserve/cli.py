@@ -74,12 +74,11 @@ def chat(
     cache_dir: CacheDir = None,
 ) -> None:
     """Chat with a model in the terminal, or answer one --prompt."""
-    from duoserve import repl
+    where = {"budget": budget, "format": format, "dtype": dtype, "device": device, "ctx": ctx, "cache_dir": cache_dir}
+    with _engine(model, where) as engine:
+        from duoserve import repl
 
-    sampling = repl.sampling(max_new_tokens, temperature, top_p, seed)
-    with _engine(
-        model, budget=budget, format=format, dtype=dtype, device=device, ctx=ctx, cache_dir=cache_dir
-    ) as engine:
+        sampling = repl.sampling(max_new_tokens, temperature, top_p, seed)
         if prompt is not None:
             repl.answer_once(engine, prompt, system, sampling, as_json)
         else:
@@ -111,10 +110,12 @@ def convert(
 
 
 @contextmanager
-def _engine(model: str | None, **options: Any) -> Iterator[Engine]:
+def _engine(model: str | None, options: dict[str, Any]) -> Iterator[Engine]:
     from duoserve.config import EngineConfig
 
     EngineConfig.of(**options)  # refuse before torch is imported
+    if sys.stderr.isatty():
+        print(f"loading {model or 'the demo'} ...", file=sys.stderr, flush=True)
     from duoserve.engine import load
 
     with _progress() as progress:

@@ -9,66 +9,131 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from duoserve.version import __version__
 from duoserve.checkpoint import Checkpoint, ExpertsSpec
 from duoserve.codec import Layout, Param, int4_order
 from duoserve.config import FORMATS
 from duoserve.core import Refusal, nearest
-from duoserve.store import ALIGN, TRUNK, Entry, is_store, replacing, write_manifest, write_safetensors
+from duoserve.store import (
+    ALIGN,
+    TRUNK,
+    Entry,
+    LayerFile,
+    StoreSize,
+    is_store,
+    replacing,
+    write_manifest,
+    write_safetensors,
+)
+from duoserve.version import __version__
 
 JOB = "conversion.json"  # what is being made here; replaced by the manifest
 Progress = Callable[[int, int, str], None]  # bytes of slabs done, bytes in all, what is being done
 
 
+@dataclass(frozen=True)
+class Conversion:
+    """What a checkpoint becomes: known from its headers, before a byte is written."""
+
+    checkpoint: Checkpoint
+    format: str
+    plain: str  # dtype of what is not quantised
+    layouts: list[Layout]  # of each layer
+
+    @classmethod
+    def of(cls, source: Path, format: str = "int4", dtype: str | None = None) -> Conversion:
+        """`dtype` "float32" keeps a float32 checkpoint's unquantised weights exact (float16 likewise), else bfloat16."""
+        if format not in FORMATS:
+            raise Refusal("E_OPTION", f"unknown format {format!r}", nearest(format, FORMATS))
+        checkpoint = Checkpoint(source)
+        plain = dtype if dtype is not None and getattr(torch, dtype) == checkpoint.dtype else "bfloat16"
+        return cls(checkpoint, format, plain, [_layout(spec, format, plain) for spec in checkpoint.specs])
+
+    @property
+    def size(self) -> StoreSize:
+        n_experts = sum(spec.n_experts for spec in self.checkpoint.specs)
+        slab_bytes = max(layout.slab_bytes for layout in self.layouts)
+        return StoreSize(n_experts, slab_bytes, 2 * self.checkpoint.total_parameters())
+
+    @property
+    def slab_bytes(self) -> int:
+        """Of all slabs together."""
+        layers = zip(self.layouts, self.checkpoint.specs, strict=True)
+        return sum(layout.slab_bytes * spec.n_experts for layout, spec in layers)
+
+    @property
+    def name(self) -> str:
+        """A folder name that no other model or format has."""
+        wide = "" if self.plain == "bfloat16" else f"-{self.plain}"
+        return f"{self.checkpoint.folder.resolve().name}-{self.checkpoint.fingerprint()[:12]}-{self.format}{wide}"
+
+    def job(self) -> dict[str, Any]:
+        """What tells this store from every other."""
+        return {
+            "fingerprint": self.checkpoint.fingerprint(),
+            "format": self.format,
+            "plain": self.plain,
+            "int4_order": int4_order(),
+        }
+
+
 def convert(
     source: Path, out: Path, format: str = "int4", dtype: str | None = None, progress: Progress | None = None
 ) -> Path:
-    """Write the expert store of the checkpoint folder `source` into `out` and return `out`.
+    """Write the expert store of the checkpoint folder `source` into `out` and return `out`; options as `Conversion.of`.
 
-    `dtype` is that of what is not quantised: "float32" keeps a float32 checkpoint exact, otherwise bfloat16 is stored
-    (float16 where asked for and given). Refuses what `Checkpoint` refuses, a folder that holds something else, and a
-    disk without room. Memory: about one expert in the checkpoint's dtype, twice, and one slab.
+    Refuses what `Checkpoint` refuses, a folder that holds something else, and a disk without room. Memory: about one
+    expert in the checkpoint's dtype, twice, and one slab.
     """
-    if format not in FORMATS:
-        raise Refusal("E_OPTION", f"unknown format {format!r}", nearest(format, FORMATS))
-    checkpoint = Checkpoint(source)
-    plain = dtype if dtype is not None and getattr(torch, dtype) == checkpoint.dtype else "bfloat16"
-    layouts = [_layout(spec, format, plain) for spec in checkpoint.specs]
-    job = {"fingerprint": checkpoint.fingerprint(), "format": format, "plain": plain, "int4_order": int4_order()}
-    if not _prepare(out, job, _store_bytes(checkpoint, layouts)):
+    return write_store(Conversion.of(source, format, dtype), out, progress)
+
+
+def write_store(conversion: Conversion, out: Path, progress: Progress | None = None) -> Path:
+    """Carry a conversion out; see `convert`."""
+    checkpoint, layouts = conversion.checkpoint, conversion.layouts
+    if not _prepare(out, conversion.job(), _store_bytes(conversion)):
         return out
-    total = sum(layout.slab_bytes * spec.n_experts for layout, spec in zip(layouts, checkpoint.specs, strict=True))
-    done, unique, layers = 0, list(dict.fromkeys(layouts)), []
+    unique, layers, done = list(dict.fromkeys(layouts)), [], 0
     for i, (spec, layout) in enumerate(zip(checkpoint.specs, layouts, strict=True)):
         path = out / f"experts-{i:03d}.safetensors"
-
-        def report(slabs: int, i: int = i, layout: Layout = layout, base: int = done) -> None:
-            if progress:
-                progress(base + slabs * layout.slab_bytes, total, f"layer {i + 1} of {len(layouts)}")
-
+        report = _Report(progress, done, conversion.slab_bytes, f"layer {i + 1} of {len(layouts)}", layout.slab_bytes)
         start = _write_layer(path, checkpoint, spec, layout, report)
-        layers.append({"module": spec.name, "file": path.name, "n_experts": spec.n_experts, "layout": unique.index(layout),
-                       "data_offset": start})  # fmt: skip
+        layers.append(LayerFile(spec.name, path.name, spec.n_experts, unique.index(layout), start))
         done += layout.slab_bytes * spec.n_experts
     _write_trunk(out / TRUNK, checkpoint)
     for file in checkpoint.side_files():
         with replacing(out / file.name) as stream:
             stream.write(file.read_bytes())
-    write_manifest(out, job | {
+    about = {
         "made_by": f"duoserve {__version__}",
         "dtype": str(checkpoint.dtype).removeprefix("torch."),
-        "bf16_bytes": 2 * checkpoint.total_parameters(),
+        "bf16_bytes": conversion.size.bf16_bytes,
         "ignored": checkpoint.ignored,
         "layouts": [layout.to_json() for layout in unique],
-        "layers": layers,
-    })  # fmt: skip
+        "layers": [asdict(layer) for layer in layers],
+    }
+    write_manifest(out, conversion.job() | about)
     (out / JOB).unlink(missing_ok=True)
     return out
+
+
+class _Report(NamedTuple):
+    """Tells a Progress how many slabs of one layer are done."""
+
+    progress: Progress | None
+    before: int
+    total: int
+    what: str
+    slab_bytes: int
+
+    def slabs(self, n: int) -> None:
+        if self.progress:
+            self.progress(self.before + n * self.slab_bytes, self.total, self.what)
 
 
 def _layout(spec: ExpertsSpec, format: str, plain: str) -> Layout:
@@ -82,25 +147,15 @@ def _layout(spec: ExpertsSpec, format: str, plain: str) -> Layout:
     return Layout.of(format, params, plain)
 
 
-def _write_layer(
-    path: Path, checkpoint: Checkpoint, spec: ExpertsSpec, layout: Layout, report: Callable[[int], None]
-) -> int:
-    entry = Entry(
-        "experts", "U8", (spec.n_experts, layout.slab_bytes), lambda: _slabs(checkpoint, spec, layout, report)
-    )
-    if (
-        path.is_file()
-        and path.stat().st_size == (start := path.stat().st_size - entry.n_bytes) + entry.n_bytes
-        and start == ALIGN
-    ):
-        report(spec.n_experts)  # finished before an interruption: only whole files ever get this name
-        return start
+def _write_layer(path: Path, checkpoint: Checkpoint, spec: ExpertsSpec, layout: Layout, report: _Report) -> int:
+    entry = Entry("experts", "U8", (spec.n_experts, layout.slab_bytes), lambda: _slabs(checkpoint, spec, layout, report))
+    if path.is_file() and path.stat().st_size == ALIGN + entry.n_bytes:
+        report.slabs(spec.n_experts)  # finished before an interruption: only whole files ever get this name
+        return ALIGN
     return write_safetensors(path, [entry])
 
 
-def _slabs(
-    checkpoint: Checkpoint, spec: ExpertsSpec, layout: Layout, report: Callable[[int], None]
-) -> Iterable[torch.Tensor]:
+def _slabs(checkpoint: Checkpoint, spec: ExpertsSpec, layout: Layout, report: _Report) -> Iterable[torch.Tensor]:
     slab = torch.empty(layout.slab_bytes, dtype=torch.uint8)
     for e in range(spec.n_experts):
         slab.zero_()
@@ -109,7 +164,7 @@ def _slabs(
             layout.encode(param.name, value.T if param.cols and spec.module.is_transposed else value, slab)
             del value
         yield slab
-        report(e + 1)
+        report.slabs(e + 1)
 
 
 def _write_trunk(path: Path, checkpoint: Checkpoint) -> None:
@@ -119,12 +174,11 @@ def _write_trunk(path: Path, checkpoint: Checkpoint) -> None:
     write_safetensors(path, [Entry(name, dtype, shape, pieces(name)) for name, dtype, shape in checkpoint.trunk()])
 
 
-def _store_bytes(checkpoint: Checkpoint, layouts: list[Layout]) -> int:
-    slabs = sum(
-        layout.slab_bytes * spec.n_experts + ALIGN for layout, spec in zip(layouts, checkpoint.specs, strict=True)
-    )
+def _store_bytes(conversion: Conversion) -> int:
+    checkpoint = conversion.checkpoint
     trunk = sum(Entry(name, dtype, shape, lambda: []).n_bytes for name, dtype, shape in checkpoint.trunk())
-    return slabs + trunk + sum(file.stat().st_size for file in checkpoint.side_files())
+    side = sum(file.stat().st_size for file in checkpoint.side_files())
+    return conversion.slab_bytes + ALIGN * len(conversion.layouts) + trunk + side
 
 
 def _prepare(out: Path, job: dict[str, Any], need: int) -> bool:

@@ -5,7 +5,7 @@ Chooses what to fetch and what to keep; touches no stream and no bytes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 
 from duoserve.cache import ExpertCache, Slot
 from duoserve.core import Key
@@ -16,7 +16,7 @@ class Decode:
     def __init__(self, cache: ExpertCache, transfer: Transfer):
         self._cache, self._transfer = cache, transfer
 
-    def run(self, layer: int, tokens: dict[int, int]) -> Iterator[Slot]:
+    def run(self, layer: int, tokens: dict[int, int]) -> Generator[Slot, None, None]:
         """Slots of the experts that one layer's route needs (`tokens`: expert -> rows), resident ones first."""
         for slot in self._transfer.through([Key(layer, e) for e in tokens]):
             self._cache.keep(slot)

@@ -231,17 +231,17 @@ def host_arena(n_bytes: int) -> torch.Tensor:
 class ThreadDevice:
     """The CPU as a device: slots are a bounded arena in RAM, copies are direct reads by worker threads.
 
-    Compute runs on the calling thread. `threaded_compute` gives it a worker of its own, so that a test can slow it and
-    see whether copies wait for the readers of a slot.
+    Compute runs on the calling thread. `threaded_compute` gives it a worker of its own and `host_tier` puts host slabs
+    between disk and slots, as on a GPU: so that both edges and all three tiers are tested without one.
     """
 
     name = "cpu"
     torch_device = torch.device("cpu")
-    has_host_tier = False
 
-    def __init__(self, copy_threads: int = 2, threaded_compute: bool = False):
+    def __init__(self, copy_threads: int = 2, threaded_compute: bool = False, host_tier: bool = False):
         self.compute: InlineStream | WorkerStream = WorkerStream("compute") if threaded_compute else InlineStream()
         self.copy = WorkerStream("copy", copy_threads)
+        self.disk = WorkerStream("disk", copy_threads) if host_tier else None
 
     def arena(self, n_bytes: int) -> torch.Tensor:
         return host_arena(n_bytes)
@@ -257,16 +257,20 @@ class ThreadDevice:
     def free_bytes(self) -> int:
         return available_ram()
 
+    def pin(self, memory: torch.Tensor) -> int:
+        """Nothing to register: copies between host memory need none."""
+        return 0
+
     def close(self) -> None:
-        self.copy.close()
-        self.compute.close()
+        for stream in (self.copy, self.disk, self.compute):
+            if stream is not None:
+                stream.close()
 
 
 class CudaDevice:
     """One NVIDIA GPU: slots in device memory, slabs copied from registered host memory on a stream of their own."""
 
     name = "cuda"
-    has_host_tier = True
 
     def __init__(self, copy_threads: int = 2):
         if not torch.cuda.is_available():
@@ -274,7 +278,7 @@ class CudaDevice:
         self.torch_device = torch.device("cuda", torch.cuda.current_device())
         self.compute = InlineStream(cuda=True)
         self.copy = WorkerStream("copy", copy_threads, cuda=True)
-        self.disk = WorkerStream("disk", copy_threads)
+        self.disk: WorkerStream | None = WorkerStream("disk", copy_threads)
         self._warned = False
 
     def arena(self, n_bytes: int) -> torch.Tensor:
@@ -301,8 +305,9 @@ class CudaDevice:
         return pinned
 
     def close(self) -> None:
-        self.copy.close()
-        self.disk.close()
+        for stream in (self.copy, self.disk):
+            if stream is not None:
+                stream.close()
 
     def _warn_pageable(self, pinned: int, total: int) -> None:
         if not self._warned:

@@ -16,7 +16,7 @@ import transformers
 
 from duoserve.checkpoint import quiet, read_config, resolve
 from duoserve.config import EngineConfig
-from duoserve.convert import Progress, convert
+from duoserve.convert import Conversion, Progress, write_store
 from duoserve.core import Refusal, nearest
 from duoserve.device import Device, in_background, open_device
 from duoserve.model import load_model
@@ -56,38 +56,50 @@ def load(model: str | os.PathLike[str] | None = None, *, progress: Progress | No
     """Open MODEL (checkpoint folder, expert store, hub id, or None for the demo) within a memory budget.
 
     Options: `budget` "6GiB", "15%" (of the bf16 checkpoint), "min" (two slots), "half" (of the experts), or bytes;
-    without one, what is free now less a margin. It covers trunk, slots and the keys and values of `ctx` tokens. `format` int4 (default), nf4, bf16: of the
-    experts, converted once and kept in `cache_dir`. `dtype` of trunk and arithmetic (default: bfloat16); with
-    "float32" and no `format`, experts stay unquantised, so that logits equal the stock float32 model's. `device` auto,
-    cpu, cuda. Unknown options, and budgets below the smallest, raise `Refusal` (a ValueError) of one line.
+    without one, what is free now less a margin. It covers trunk, slots and the keys and values of `ctx` tokens.
+    `format` int4 (default), nf4, bf16: of the experts, converted once and kept in `cache_dir`. `dtype` of trunk and
+    arithmetic (default: bfloat16); with "float32" and no `format`, experts stay unquantised, so that logits equal the
+    stock float32 model's. `device` auto, cpu, cuda. `progress` is told of a conversion: bytes done, in all, what. Unknown options, and budgets below the smallest, raise `Refusal` (a ValueError) of one line.
     """
     quiet()
     config = EngineConfig.of(**options)
     folder = DEMO if model is None else resolve(model)
     device = open_device(config.device)
     try:
-        store = Store(folder if is_store(folder) else _converted(folder, config, progress))
-        if config.format is not None and store.format != config.format:
-            raise Refusal(
-                "E_FORMAT",
-                f"the store's format is {store.format}, asked was {config.format}",
-                "convert the checkpoint again",
-            )
-        model_config = read_config(store.folder)
-        dtype = getattr(torch, config.dtype or ("bfloat16" if store.dtype == "float32" else store.dtype))
-        plan = make_plan(store, model_config, dtype, config, _free(device), default="half" if model is None else None)
-        return Engine(store, model_config, plan, dtype, device)
+        store, plan, dtype = _opened(folder, config, device, progress, "half" if model is None else None)
+        return Engine(store, plan, dtype, device)
     except BaseException:
         device.close()
         raise
 
 
+def _opened(
+    folder: Path, config: EngineConfig, device: Device, progress: Progress | None, default: str | None
+) -> tuple[Store, Plan, torch.dtype]:
+    """The store behind MODEL, converted if need be, but not before its plan is known to fit."""
+    if is_store(folder):
+        store = Store(folder)
+        if config.format not in (None, store.format):
+            raise Refusal("E_FORMAT", f"the store is {store.format}, asked was {config.format}", "convert the checkpoint")
+        dtype = _dtype(config.dtype, store.dtype)
+        return store, make_plan(store.size, read_config(folder), dtype, config, _free(device), default), dtype
+    format = config.format or ("bf16" if config.dtype == "float32" else "int4")
+    conversion = Conversion.of(folder, format, config.dtype)
+    dtype = _dtype(config.dtype, str(conversion.checkpoint.dtype).removeprefix("torch."))
+    plan = make_plan(conversion.size, conversion.checkpoint.config, dtype, config, _free(device), default)
+    return Store(write_store(conversion, cache_dir(config.cache_dir) / conversion.name, progress)), plan, dtype
+
+
+def _dtype(asked: str | None, stored: str) -> torch.dtype:
+    return getattr(torch, asked or ("bfloat16" if stored == "float32" else stored))
+
+
 class Engine:
     """A loaded model. `.model` is a stock transformers model whose experts are ours; `.tokenizer` its tokenizer, or None."""
 
-    def __init__(self, store: Store, config: Any, plan: Plan, dtype: torch.dtype, device: Device):
+    def __init__(self, store: Store, plan: Plan, dtype: torch.dtype, device: Device):
         self.store, self.plan, self.dtype, self.device = store, plan, dtype, device
-        loaded = load_model(store, config, plan, dtype, device)
+        loaded = load_model(store, read_config(store.folder), plan, dtype, device)
         self.model, self.runtime, self._watch = loaded
         self.tokenizer = _tokenizer(store.folder)
         self._turn = threading.Lock()
@@ -300,18 +312,6 @@ def _check_options(options: dict[str, Any]) -> None:
     for name in options:
         if name not in known:
             raise Refusal("E_OPTION", f"unknown generation option {name!r}", nearest(name, sorted(known)))
-
-
-def _converted(folder: Path, config: EngineConfig, progress: Progress | None) -> Path:
-    """The store of a checkpoint in the cache folder, made there if need be."""
-    from duoserve.checkpoint import Checkpoint
-
-    format = config.format or ("bf16" if config.dtype == "float32" else "int4")
-    plain = config.dtype or "bfloat16"
-    name = f"{folder.resolve().name}-{Checkpoint(folder).fingerprint()[:12]}-{format}" + (
-        "-f32" if plain == "float32" else ""
-    )
-    return convert(folder, cache_dir(config.cache_dir) / name, format, plain, progress)
 
 
 def cache_dir(asked: str | None = None) -> Path:

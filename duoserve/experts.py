@@ -64,12 +64,12 @@ def expert_function(module: Any) -> Callable[[torch.Tensor, Weights], torch.Tens
     """
     up_name = "gate_up_proj" if module.has_gate else "up_proj"
     activate = module._apply_gate if module.has_gate else module.act_fn
-    normalise = module.post_expert_norm if getattr(module, "has_post_expert_norm", False) else None  # 5.17 has no such flag
+    has_norm = getattr(module, "has_post_expert_norm", False)  # transformers 5.17 has no such flag
 
     def run(x_MD: torch.Tensor, weights: Weights) -> torch.Tensor:
         h = _linear(x_MD, weights, up_name, module.has_bias)
         y = _linear(activate(h), weights, "down_proj", module.has_bias)
-        return normalise(y) if normalise else y
+        return module.post_expert_norm(y) if has_norm else y
 
     return run
 

@@ -52,7 +52,7 @@ def load_model(store: Store, config: Any, plan: Plan, dtype: torch.dtype, device
 
 
 def _host_tier(device: Device, store: Store) -> HostTier | None:
-    if not device.has_host_tier:
+    if device.disk is None:
         return None
     free = available_ram()
     room = max(0, free - max(RAM_MARGIN, free // 10)) // store.slab_bytes
@@ -79,7 +79,7 @@ class PassWatch:
             return
         batch, length = shape.shape[:2]
         past = kwargs.get("past_key_values")
-        before = int(past.get_seq_length()) if past is not None else 0
+        before = _tokens_before(past, kwargs.get("attention_mask"), length)
         if past is not None and kwargs.get("use_cache") is not False:
             self._check_room(batch, before + length)
         phase = Phase.DECODE if before and length <= DRAFT else Phase.PREFILL
@@ -110,3 +110,11 @@ class PassWatch:
             step.positions_BS = torch.arange(before, before + length).expand(batch, length)
         if mask is not None and mask.ndim == 2:
             step.padding_BS = read(mask)[:, -length:] == 0
+
+
+def _tokens_before(past: Any, mask: Any, length: int) -> int:
+    """Tokens in the cache before this pass. A cache whose first layer keeps no keys says 0; the mask knows better."""
+    if past is None:
+        return 0
+    masked = mask.shape[1] - length if isinstance(mask, torch.Tensor) and mask.ndim == 2 else 0
+    return max(int(past.get_seq_length()), masked)

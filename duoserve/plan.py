@@ -14,7 +14,7 @@ from torch import nn
 from duoserve.checkpoint import build_meta, find_experts, kv_bytes, kv_period, model_limit, replace_module, tensor_bytes
 from duoserve.config import EngineConfig, parse_size
 from duoserve.core import Refusal
-from duoserve.store import Store
+from duoserve.store import StoreSize
 
 MIN_SLOTS = 2  # one computes while the other fills
 FLOOR_CTX = 4096
@@ -92,7 +92,7 @@ class Sizes:
 
 
 def make_plan(
-    store: Store, config: Any, dtype: torch.dtype, options: EngineConfig, free_bytes: int, default: str | None = None
+    store: StoreSize, config: Any, dtype: torch.dtype, options: EngineConfig, free_bytes: int, default: str | None = None
 ) -> Plan:
     """Divide the budget. Raises Refusal with the smallest budget where it does not suffice.
 
@@ -125,7 +125,7 @@ def size(n_bytes: float) -> str:
     return f"{n_bytes:.2f} GiB"
 
 
-def _budget_bytes(asked: str | int | None, store: Store, smallest: int, fixed: int, free: int) -> int:
+def _budget_bytes(asked: str | int | None, store: StoreSize, smallest: int, fixed: int, free: int) -> int:
     if asked is None:
         return free
     if asked == "min":

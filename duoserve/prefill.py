@@ -12,7 +12,7 @@ its slots are the ring that the stream runs through.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator
 
 from duoserve.cache import ExpertCache, Slot
 from duoserve.core import Key
@@ -30,7 +30,7 @@ class Prefill:
         self._ahead: deque[Key] = deque()
         self._guessed: list[Key] = []
 
-    def run(self, layer: int, tokens: dict[int, int]) -> Iterator[Slot]:
+    def run(self, layer: int, tokens: dict[int, int]) -> Generator[Slot, None, None]:
         """Slots of the experts that one layer's route needs (`tokens`: expert -> rows), resident ones first."""
         busiest = sorted(tokens, key=lambda e: (-tokens[e], e))
         stay = set(busiest[: max(0, self._share)])

@@ -17,7 +17,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
@@ -39,6 +39,14 @@ class LayerFile:
     n_experts: int
     layout: int
     data_offset: int
+
+
+class StoreSize(NamedTuple):
+    """What planning needs to know of a store, made or to be made."""
+
+    n_experts: int  # over all layers
+    slab_bytes: int  # of a slot that fits any slab
+    bf16_bytes: int  # of the whole checkpoint, were it bfloat16
 
 
 class Store:
@@ -79,6 +87,10 @@ class Store:
         """All routed experts, over all layers."""
         return sum(layer.n_experts for layer in self.layers)
 
+    @property
+    def size(self) -> StoreSize:
+        return StoreSize(self.n_experts, self.slab_bytes, self.bf16_bytes)
+
     def layout(self, layer: int) -> Layout:
         return self.layouts[self.layers[layer].layout]
 
@@ -90,7 +102,7 @@ class Store:
         layer = self.layers[key.layer]
         length = self.layout(key.layer).slab_bytes
         offset = layer.data_offset + key.expert * length
-        view = memoryview(buffer.numpy())[:length]
+        view = buffer.numpy().data[:length]
         done = 0
         while done < length:
             n = os.preadv(self._fds[key.layer], [view[done:]], offset + done)
@@ -192,7 +204,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

@@ -135,7 +135,8 @@ class HostTier:
     """Slabs in host memory between the disk and a GPU: filled once, registered for direct copies, then kept by recency."""
 
     def __init__(self, device: Device, store: Store, n_slabs: int):
-        self.device, self.store = device, store
+        assert device.disk is not None, device.name
+        self.device, self.store, self.disk = device, store, device.disk
         self.cache = ExpertCache(n_slabs)
         self.slab_bytes = store.slab_bytes
         self.memory = host_arena(n_slabs * self.slab_bytes)
@@ -154,8 +155,7 @@ class HostTier:
             self.store.read_into(key, self._slab(slot))
             slot.ready = DONE
             self.cache.unpin(slot)
-        if hasattr(self.device, "pin"):
-            self.device.pin(self.memory)
+        self.device.pin(self.memory)
 
     def send(self, key: Key, into: torch.Tensor, behind: tuple[Event, ...], lane: Lane) -> Event:
         """Copy one slab to `into` on the device, through host memory; returns the event of its arrival."""
@@ -179,7 +179,7 @@ class HostTier:
         assert slot is not None, key  # nothing stays pinned outside `send`
         into = self._slab(slot)
         former = slot.released if slot.ready is None else (*slot.released, slot.ready)
-        slot.ready = self.device.disk.submit(
+        slot.ready = self.disk.submit(
             lambda: self.store.read_into(key, into), (), former, lane, self.store.layout(key.layer).slab_bytes
         )
         slot.released = ()

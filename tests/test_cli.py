@@ -139,7 +139,7 @@ def test_a_chat_in_a_terminal(cache: Path) -> None:
     chat.say("/help")
     assert "/retry" in chat.until("> ")
     chat.say("/set max_new_tokens 16")
-    chat.until("max_new_tokens=16")
+    chat.until("seed=model default\r\n> ")
     chat.say("What is a list?")
     chat.until("\n> ")
     chat.say("/set temprature 3")

@@ -59,12 +59,9 @@ class Machine:
 
     def __init__(self, folder: Path, slots: int, slow: str, without: str | None = None, host: int = 0):
         self.store, self.corrupt, self.slow = Store(folder), 0, slow
-        self.device = ThreadDevice(copy_threads=2, threaded_compute=True)
+        self.device = ThreadDevice(copy_threads=2, threaded_compute=True, host_tier=host > 0)
         cache = ExpertCache(slots)
-        tier = None
-        if host:
-            self.device.disk = self.device.copy.__class__("disk", 2)
-            tier = HostTier(self.device, self.store, host)
+        tier = HostTier(self.device, self.store, host) if host else None
         transfer = Transfer(self.device, self.store, cache, tier)
         if slow == "copies":
             self._slow_copies()

@@ -47,17 +47,19 @@ _ROUTED = {"intermediate_size": 96, "moe_intermediate_size": 48, "n_routed_exper
 _SHARED = {"n_shared_experts": 1, "first_k_dense_replace": 1}
 _MLA_ROUTED = _BASE | _MLA | _ROUTED | {"n_shared_experts": 1, "q_lora_rank": 24}
 _INDEXED = _MLA_ROUTED | {"index_topk": 6, "index_head_dim": 32, "index_n_heads": 2}
-_KDA = _BASE | _MLA | _LOCAL | {"intermediate_size": 96, "moe_intermediate_size": 48, "n_shared_experts": 1, "n_group": 2,
-                                "topk_group": 1, "layer_types": ["linear_attention", "full_attention", "linear_attention"]}  # fmt: skip
+_KDA = _BASE | _MLA | _LOCAL | {
+    "intermediate_size": 96, "moe_intermediate_size": 48, "n_shared_experts": 1, "n_group": 2, "topk_group": 1,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+}  # fmt: skip
 _DELTA = _BASE | _EXPERTS | {
     "head_dim": 16, "shared_expert_intermediate_size": 64, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
     "linear_key_head_dim": 16, "linear_value_head_dim": 16,
     "layer_types": ["linear_attention", "full_attention", "linear_attention"],
 }  # fmt: skip
 _INKLING = _BASE | {
-    "intermediate_size": 96, "moe_intermediate_size": 48, "n_routed_experts": 8, "num_experts_per_tok": 2, "head_dim": 16,
-    "sliding_window_size": 8, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 16, "d_rel": 8,
-    "rel_extent": 32, "unpadded_vocab_size": VOCAB, "layer_types": ["hybrid_sliding", "hybrid", "hybrid_sliding"],
+    "intermediate_size": 96, "moe_intermediate_size": 48, "n_routed_experts": 8, "num_experts_per_tok": 2,
+    "head_dim": 16, "sliding_window_size": 8, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 2,
+    "swa_head_dim": 16, "d_rel": 8, "rel_extent": 32, "unpadded_vocab_size": VOCAB, "layer_types": ["hybrid_sliding", "hybrid", "hybrid_sliding"],
 }  # fmt: skip
 _SPARSE = {"mlp_layer_types": ["dense", "sparse", "sparse"]}
 
@@ -68,14 +70,14 @@ OTHERS: dict[str, dict[str, Any]] = {
     "axk1": _MLA_ROUTED,
     "axk2": _INDEXED,
     "bailing_hybrid": _KDA | _SPARSE | {"head_dim": 16},
-    "beam": _BASE | _EXPERTS | _LAYERS | _SPARSE | {"intermediate_size": 96, "num_experts": 8, "head_dim": 16, "n_group": 2,
-                                                    "topk_group": 1},
+    "beam": _BASE | _EXPERTS | _LAYERS | _SPARSE | {"intermediate_size": 96, "num_experts": 8, "head_dim": 16,
+                                                    "n_group": 2, "topk_group": 1},
     "cohere2_moe": _BASE | _EXPERTS | _LAYERS | {"intermediate_size": 48, "head_dim": 16, "num_shared_experts": 1},
     "deepseek_v32": _INDEXED | {"first_k_dense_replace": 1},
     "deepseek_v4": _BASE | {
         "num_key_value_heads": 1, "head_dim": 16, "q_lora_rank": 24, "moe_intermediate_size": 48, "n_routed_experts": 8,
-        "num_experts_per_tok": 2, "n_shared_experts": 1, "sliding_window": 8, "o_groups": 2, "o_lora_rank": 16, "hc_mult": 2,
-        "index_topk": 2, "index_head_dim": 16, "index_n_heads": 2, "num_nextn_predict_layers": 0,
+        "num_experts_per_tok": 2, "n_shared_experts": 1, "sliding_window": 8, "o_groups": 2, "o_lora_rank": 16,
+        "hc_mult": 2, "index_topk": 2, "index_head_dim": 16, "index_n_heads": 2, "num_nextn_predict_layers": 0,
         "layer_types": ["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"],
         "mlp_layer_types": ["hash_moe", "moe", "moe"],
         "compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 4},
@@ -86,8 +88,8 @@ OTHERS: dict[str, dict[str, Any]] = {
                              "moe_num_shared_experts": 1},
     "exaone_moe": _BASE | _EXPERTS | _LAYERS | {"intermediate_size": 96, "num_shared_experts": 1},
     "flex_olmo": _BASE | {"intermediate_size": 48, "num_experts": 6, "num_experts_per_tok": 2},
-    "flint": _BASE | _EXPERTS | _LAYERS | {"intermediate_size": 96, "head_dim": 16, "shared_expert_intermediate_size": 64,
-                                           "mlp_only_layers": [0]},
+    "flint": _BASE | _EXPERTS | _LAYERS | {"intermediate_size": 96, "head_dim": 16, "mlp_only_layers": [0],
+                                           "shared_expert_intermediate_size": 64},
     "gemma4_text": _BASE | _EXPERTS | _LAYERS | {
         "intermediate_size": 96, "head_dim": 16, "enable_moe_block": True, "top_k_experts": 2,
         "vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 16,
@@ -109,10 +111,12 @@ OTHERS: dict[str, dict[str, Any]] = {
     "inkling_text": _INKLING | {"n_shared_experts": 1, "mlp_layer_types": ["dense", "sparse", "sparse"]},
     "inkling2_text": _INKLING,
     "jamba": _BASE | {"intermediate_size": 48, "num_experts": 4, "num_experts_per_tok": 2, "use_mamba_kernels": False,
-                      "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 0},
+                      "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2,
+                      "expert_layer_offset": 0},
     "kimi_linear": _KDA | {"q_lora_rank": 24, "linear_head_dim": 16, "linear_num_heads": 4},
     "kolibri1": _BASE | _EXPERTS | _LAYERS | {"head_dim": 16, "shared_expert_intermediate_size": 48},
-    "laguna": _BASE | _EXPERTS | _LAYERS | {"intermediate_size": 96, "head_dim": 16, "shared_expert_intermediate_size": 64},
+    "laguna": _BASE | _EXPERTS | _LAYERS | {"intermediate_size": 96, "head_dim": 16,
+                                            "shared_expert_intermediate_size": 64},
     "lfm2_moe": _BASE | _EXPERTS | {"intermediate_size": 96, "num_dense_layers": 1,
                                     "layer_types": ["conv", "full_attention", "conv"]},
     "mellum": _BASE | _EXPERTS | _LAYERS | {"head_dim": 16},
@@ -121,8 +125,8 @@ OTHERS: dict[str, dict[str, Any]] = {
                                  "layer_types": ["full_attention", "linear_attention", "full_attention"]},
     "minimax_m2": _BASE | _LOCAL | {"head_dim": 16},
     "minimax_m3_vl_text": _BASE | _LOCAL | _SPARSE | {
-        "head_dim": 16, "dense_intermediate_size": 96, "shared_intermediate_size": 48, "rotary_dim": 8, "index_n_heads": 2,
-        "index_head_dim": 16, "index_block_size": 4, "index_topk_blocks": 2,
+        "head_dim": 16, "dense_intermediate_size": 96, "shared_intermediate_size": 48, "rotary_dim": 8,
+        "index_n_heads": 2, "index_head_dim": 16, "index_block_size": 4, "index_topk_blocks": 2,
     },
     "nemotron_h": _BASE | _ROUTED | {
         "num_hidden_layers": 4, "layers_block_type": ["mamba", "moe", "attention", "moe"], "head_dim": 16,
@@ -135,8 +139,8 @@ OTHERS: dict[str, dict[str, Any]] = {
     "qwen3_next": _DELTA | {"intermediate_size": 96},
     "qwen4_exp_text": _DELTA | {
         "hc_count": 2, "hc_lowrank": 16, "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16,
-        "indexer_budget": 8, "indexer_compress_ratio": 4, "ple_layer_ids": [1], "ple_embed_dim": 32, "heads_per_ngram": 2,
-        "ngram_vocab_size_base": 64, "make_ngram_vocab_size_divisible_by": 8, "split_ngram_parts": 2,
+        "indexer_budget": 8, "indexer_compress_ratio": 4, "ple_layer_ids": [1], "ple_embed_dim": 32,
+        "heads_per_ngram": 2, "ngram_vocab_size_base": 64, "make_ngram_vocab_size_divisible_by": 8, "split_ngram_parts": 2,
     },
     "solar_open": _BASE | _ROUTED | {"head_dim": 16, "n_shared_experts": 1},
     "zaya": _BASE | {"moe_intermediate_size": 48, "num_experts": 6, "num_experts_per_tok": 1, "head_dim": 16,
