@@ -353,7 +353,7 @@ def kv_bytes(model: Any, tokens: int) -> int:
     text = model.config.get_text_config(decoder=True)
     try:  # the cache that `generate` would make; indexers ask for the non-zeros of a mask, which has none on meta
         cache = transformers.DynamicCache(config=text) if model._supports_default_dynamic_cache() else None
-        with torch.no_grad(), torch_shapes.patch(meta_nonzero_assume_all_nonzero=True):
+        with torch.no_grad(), torch_shapes.patch(meta_nonzero_assume_all_nonzero=True):  # type: ignore[attr-defined]
             out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
             return cache_bytes(out.past_key_values)
     except Refusal:
@@ -372,7 +372,7 @@ def kv_period(config: Any) -> int:
     """Tokens after which a cache has seen every window and block: from there on each period adds the same."""
     text = config.get_text_config().to_dict()
     sides = [side for name, side in text.items() if re.search("window|chunk|block_size", name) and type(side) is int]
-    return -(-max(sides, default=1) // _LEAST_PERIOD) * _LEAST_PERIOD
+    return -(-max([1, *sides]) // _LEAST_PERIOD) * _LEAST_PERIOD
 
 
 def cache_bytes(cache: Any) -> int:

@@ -182,8 +182,8 @@ _OUTSIDE: dict[str, tuple[str, dict[str, Any]]] = {
         "num_attention_heads": 4, "vocab_size": 128, "kv_lora_rank": 16, "q_lora_rank": 24, "qk_nope_head_dim": 16,
         "qk_rope_head_dim": 16, "v_head_dim": 16, "n_routed_experts": 6, "zero_expert_num": 2, "moe_topk": 2}),
     "nllb-moe": ("E_CONFIG", {"d_model": 64, "vocab_size": 128, "encoder_layers": 2, "decoder_layers": 2,
-                              "num_experts": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "encoder_attention_heads": 4,
-                              "decoder_attention_heads": 4}),
+                              "num_experts": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64,
+                              "encoder_attention_heads": 4, "decoder_attention_heads": 4}),
     "switch_transformers": ("E_CONFIG", {"d_model": 64, "vocab_size": 128, "d_kv": 16, "d_ff": 64, "num_layers": 2,
                                          "num_heads": 4, "num_experts": 4}),
     "qwen3_vl_moe": ("E_CONFIG", {"text_config": toys.PROMISED["qwen3_moe"], "vision_config": _VISION}),
@@ -199,7 +199,7 @@ def test_other_layouts_are_refused_in_one_line(tmp_path: Path, load: Any, family
         if type(config) in auto._model_mapping:
             auto.from_config(config).save_pretrained(tmp_path / "model")
             break
-    with pytest.raises(Refusal, match=f"^{code}: [^\n]+; [^\n]+$"):
+    with pytest.raises(Refusal, match=rf"^{code}: [^\n]+; [^\n]+$"):
         load(tmp_path / "model", budget="min")
 
 
@@ -208,5 +208,5 @@ def test_a_config_that_no_model_can_be_built_from_is_refused(tmp_path: Path, toy
         (tmp_path / file.name).write_bytes(file.read_bytes())
     text = (tmp_path / "config.json").read_text()
     (tmp_path / "config.json").write_text(text.replace('"hidden_act": "silu"', '"hidden_act": "none-such"'))
-    with pytest.raises(Refusal, match="^E_CONFIG: [^\n]+$"):
+    with pytest.raises(Refusal, match=r"^E_CONFIG: [^\n]+$"):
         load(tmp_path, budget="min")

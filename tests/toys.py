@@ -59,7 +59,8 @@ _DELTA = _BASE | _EXPERTS | {
 _INKLING = _BASE | {
     "intermediate_size": 96, "moe_intermediate_size": 48, "n_routed_experts": 8, "num_experts_per_tok": 2,
     "head_dim": 16, "sliding_window_size": 8, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 2,
-    "swa_head_dim": 16, "d_rel": 8, "rel_extent": 32, "unpadded_vocab_size": VOCAB, "layer_types": ["hybrid_sliding", "hybrid", "hybrid_sliding"],
+    "swa_head_dim": 16, "d_rel": 8, "rel_extent": 32, "unpadded_vocab_size": VOCAB,
+    "layer_types": ["hybrid_sliding", "hybrid", "hybrid_sliding"],
 }  # fmt: skip
 _SPARSE = {"mlp_layer_types": ["dense", "sparse", "sparse"]}
 
@@ -140,7 +141,8 @@ OTHERS: dict[str, dict[str, Any]] = {
     "qwen4_exp_text": _DELTA | {
         "hc_count": 2, "hc_lowrank": 16, "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16,
         "indexer_budget": 8, "indexer_compress_ratio": 4, "ple_layer_ids": [1], "ple_embed_dim": 32,
-        "heads_per_ngram": 2, "ngram_vocab_size_base": 64, "make_ngram_vocab_size_divisible_by": 8, "split_ngram_parts": 2,
+        "heads_per_ngram": 2, "ngram_vocab_size_base": 64, "make_ngram_vocab_size_divisible_by": 8,
+        "split_ngram_parts": 2,
     },
     "solar_open": _BASE | _ROUTED | {"head_dim": 16, "n_shared_experts": 1},
     "zaya": _BASE | {"moe_intermediate_size": 48, "num_experts": 6, "num_experts_per_tok": 1, "head_dim": 16,
