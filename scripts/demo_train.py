@@ -8,6 +8,7 @@ killed run goes on from its last checkpoint as if it had not been killed.
 import ctypes
 import json
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -27,7 +28,7 @@ LR_MATRICES, LR_OTHERS = 0.02, 4e-3  # Muon, AdamW
 WEIGHT_DECAY = 0.1
 BALANCE = 0.01
 CHAT_STABLE, CHAT_DECAY = 0.08, 0.35  # share of micro-batches that are conversations
-EVERY_LOG, EVERY_CHECK, EVERY_SAVE = 20, 250, 250  # steps
+EVERY_LOG, EVERY_CHECK, EVERY_SAVE = 20, 250, 100  # steps
 EVERY_KEEP = 1000  # steps
 CHECK_TOKENS = 102_400
 HEAD_ROWS = 512
@@ -223,8 +224,13 @@ def update(model, optimizer, data, step, steps, decay_steps):
 
 
 def train(work, steps, decay_steps, resume=None):
-    """Trains to step `steps`, the last `decay_steps` with falling rate, from `resume` or the latest checkpoint."""
+    """Trains to step `steps`, the last `decay_steps` with falling rate, from `resume` or the latest checkpoint.
+
+    SIGTERM saves and stops after the current step.
+    """
     keep_freed_memory()
+    asked_to_stop = []
+    signal.signal(signal.SIGTERM, lambda number, frame: asked_to_stop.append(number))
     (work / "train.pid").write_text(str(os.getpid()))
     data, model = Data(work), new_model()
     optimizer, progress = Optimizer(model, WEIGHT_DECAY), {"step": 0, "tokens": 0, "cpu_seconds": 0.0}
@@ -233,7 +239,7 @@ def train(work, steps, decay_steps, resume=None):
         progress = load(checkpoint, model, optimizer)
     print(f"from step {progress['step']} to {steps}, decay over the last {decay_steps}", flush=True)
     wall, cpu, mean = time.perf_counter(), time.process_time(), None
-    while progress["step"] < steps:
+    while progress["step"] < steps and not asked_to_stop:
         step = progress["step"] + 1
         loss, balance, norm = update(model, optimizer, data, step, steps, decay_steps)
         mean = loss if mean is None else 0.95 * mean + 0.05 * loss
@@ -248,5 +254,5 @@ def train(work, steps, decay_steps, resume=None):
             bits, shares = check(model, work)
             chat_bits, _ = check(model, work, "heldout-chat")
             print(f"{step} heldout {bits:.4f} chat {chat_bits:.4f} bits/byte; experts {describe(shares)}", flush=True)
-        if step % EVERY_SAVE == 0 or step == steps:
+        if step % EVERY_SAVE == 0 or step == steps or asked_to_stop:
             save(work, optimizer, progress)
