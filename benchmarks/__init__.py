@@ -1,1 +1,1 @@
-"""What we measure: each file prints a table, then one line of JSON. Results with the machine's description lie in results/."""
+"""What we measure: each file prints a table, then one line of JSON; results/ has figures and the machines they came from."""

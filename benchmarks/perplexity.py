@@ -1,6 +1,6 @@
-"""Held-out perplexity of the demo in every format, beside the stock model's. Windows of 512 tokens, all but each first scored.
+"""Held-out perplexity of the demo in every format, beside the stock model's. Windows of 512 tokens.
 
-    python -m benchmarks.perplexity [--tokens 20000] [--text FILE]
+python -m benchmarks.perplexity [--tokens 20000] [--text FILE]
 """
 
 from __future__ import annotations

@@ -152,7 +152,16 @@ def main() -> None:
 
 
 def _row_process(row: str, options: argparse.Namespace) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.speed", str(options.folder), "--row", row, "--prompt", str(options.prompt)]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.speed",
+        str(options.folder),
+        "--row",
+        row,
+        "--prompt",
+        str(options.prompt),
+    ]
     done = subprocess.run([*command, "--runs", str(options.runs)], capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"row {row} failed:\n{done.stderr[-2000:]}")

@@ -30,8 +30,10 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from duoserve.core import Refusal
 
-_SIDE_FILES = re.compile(r"(config|generation_config|tokenizer.*|special_tokens_map|added_tokens|vocab|merges|chat_template.*)"
-                         r"\.(json|jinja|txt|model)|chat_template\.jinja|tokenizer\.model|.*\.tiktoken")  # fmt: skip
+_SIDE_FILES = re.compile(
+    r"(config|generation_config|tokenizer.*|special_tokens_map|added_tokens|vocab|merges|chat_template.*)"
+    r"\.(json|jinja|txt|model)|chat_template\.jinja|tokenizer\.model|.*\.tiktoken"
+)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _SAMPLED_TENSORS = 4096
 _WHOLE_FILE = 64 << 20
@@ -98,15 +100,21 @@ def read_config(folder: Path) -> Any:
         return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
         kind = raw.get("model_type")
-        raise Refusal("E_CONFIG", f"transformers {transformers.__version__} cannot read the config of model type {kind!r}",
-                      "use a model type that it knows, or a newer transformers") from error  # fmt: skip
+        raise Refusal(
+            "E_CONFIG",
+            f"transformers {transformers.__version__} cannot read the config of model type {kind!r}",
+            "use a model type that it knows, or a newer transformers",
+        ) from error
 
 
 def build_meta(config: Any, dtype: torch.dtype) -> Any:
     """The stock model for `config` with every tensor on the meta device, in evaluation mode."""
     if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise Refusal("E_CONFIG", f"model type {config.model_type!r} has no causal language model in transformers",
-                      "use a text-generation checkpoint")  # fmt: skip
+        raise Refusal(
+            "E_CONFIG",
+            f"model type {config.model_type!r} has no causal language model in transformers",
+            "use a text-generation checkpoint",
+        )
     try:
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
@@ -144,8 +152,12 @@ def find_experts(model: Any) -> list[ExpertsSpec]:
         kinds = {type(m).__name__ for m in model.modules() if re.search(r"Expert|MoE|Moe|MOE", type(m).__name__)}
         kind = model.config.model_type
         if kinds:
-            raise Refusal("E_LAYOUT", f"{kind!r} lays out its experts ({', '.join(sorted(kinds)[:2])}) outside transformers' experts "
-                          "interface", "use a family that has it, such as mixtral, qwen3_moe, deepseek_v3 or gpt_oss")  # fmt: skip
+            raise Refusal(
+                "E_LAYOUT",
+                f"{kind!r} lays out its experts ({', '.join(sorted(kinds)[:2])}) outside transformers' experts "
+                "interface",
+                "use a family that has it, such as mixtral, qwen3_moe, deepseek_v3 or gpt_oss",
+            )
         raise Refusal(
             "E_NOT_MOE",
             f"{kind!r} has 0 routed experts",
@@ -154,8 +166,11 @@ def find_experts(model: Any) -> list[ExpertsSpec]:
     for spec in specs:
         for name, p in spec.module.named_parameters(recurse=False):
             if p.ndim not in (2, 3) or p.shape[0] != spec.n_experts:
-                raise Refusal("E_LAYOUT", f"{spec.name}.{name} has shape {tuple(p.shape)}, not one row per expert "
-                              f"({spec.n_experts})", "this family cannot be offloaded yet")  # fmt: skip
+                raise Refusal(
+                    "E_LAYOUT",
+                    f"{spec.name}.{name} has shape {tuple(p.shape)}, not one row per expert ({spec.n_experts})",
+                    "this family cannot be offloaded yet",
+                )
     return specs
 
 
@@ -259,7 +274,7 @@ class Checkpoint:
         return self._at[key].get_slice(key)
 
     def _plan(self) -> None:
-        """Sort the checkpoint's tensors into trunk, experts (target -> source pattern -> keys) and what the model ignores."""
+        """Sort the tensors into trunk, experts (target -> source pattern -> keys) and what the model ignores."""
         known = self.model.state_dict()
         mapping = get_model_conversion_mapping(self.model)
         renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
@@ -278,10 +293,14 @@ class Checkpoint:
             else:
                 (self._trunk if name in known else self.ignored).append(key)
         for target, spec in targets.items():
-            for pattern, keys in self._experts.get(target, {"": []}).items():
+            for keys in self._experts.get(target, {"": []}).values():
                 if len(keys) not in (1, spec.n_experts):
-                    raise Refusal("E_CORRUPT", f"{target} needs {spec.n_experts} experts, the checkpoint has {len(keys)}",
-                                  "fetch the checkpoint again", 5)  # fmt: skip
+                    raise Refusal(
+                        "E_CORRUPT",
+                        f"{target} needs {spec.n_experts} experts, the checkpoint has {len(keys)}",
+                        "fetch the checkpoint again",
+                        5,
+                    )
         self._check_shapes()
 
     def _check_shapes(self) -> None:
@@ -289,8 +308,12 @@ class Checkpoint:
             for param, shape in spec.parameters.items():
                 got = tuple(self.expert(spec, param, 0).shape)
                 if got != shape:
-                    raise Refusal("E_CORRUPT", f"{spec.name}.{param} of one expert has shape {got}, the config says {shape}",
-                                  "fetch a checkpoint that matches its config", 5)  # fmt: skip
+                    raise Refusal(
+                        "E_CORRUPT",
+                        f"{spec.name}.{param} of one expert has shape {got}, the config says {shape}",
+                        "fetch a checkpoint that matches its config",
+                        5,
+                    )
 
 
 def load_trunk(model: Any, file: Path, dtype: torch.dtype, device: torch.device) -> None:
@@ -316,8 +339,12 @@ def load_trunk(model: Any, file: Path, dtype: torch.dtype, device: torch.device)
             5,
         )
     if info.mismatched_keys or info.error_msgs:
-        raise Refusal("E_CORRUPT", f"{file} does not match its config: {sorted(map(str, info.mismatched_keys))[:1]}",
-                      "fetch the checkpoint again", 5)  # fmt: skip
+        raise Refusal(
+            "E_CORRUPT",
+            f"{file} does not match its config: {sorted(map(str, info.mismatched_keys))[:1]}",
+            "fetch the checkpoint again",
+            5,
+        )
     model.eval()
 
 
@@ -418,5 +445,9 @@ def _weight_files(folder: Path) -> list[Path]:
         return [folder / n for n in names]
     if single.is_file():
         return [single]
-    raise Refusal("E_MODEL", f"{folder} has no model.safetensors (other weight formats can run code when loaded)",
-                  "use a safetensors checkpoint", 3)  # fmt: skip
+    raise Refusal(
+        "E_MODEL",
+        f"{folder} has no model.safetensors (other weight formats can run code when loaded)",
+        "use a safetensors checkpoint",
+        3,
+    )

@@ -160,7 +160,7 @@ def _progress() -> Iterator[Progress]:
 
 
 def main() -> None:
-    """Entry point. Exit codes: 0, 1 unexpected, 2 usage, 3 not found, 4 does not fit, 5 corrupt, 6 disk full, 7 device, 130."""
+    """Entry point. Exit codes as `Refusal.status`; 1 is unexpected, 130 interrupted."""
     if "--version" in sys.argv[1:2]:
         print(f"duoserve {__version__}")
         return
@@ -184,8 +184,10 @@ def _guarded() -> int:
         return 0
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        return _say(f"{'E_DISK' if full else 'E_IO'}: {error}; {'free some space' if full else 'check the disk'} and run it again",
-                    6 if full else 1)  # fmt: skip
+        return _say(
+            f"{'E_DISK' if full else 'E_IO'}: {error}; {'free some space' if full else 'check the disk'} and run it again",
+            6 if full else 1,
+        )
     except Exception as error:
         if isinstance(error, _usage_error()):
             return _say(f"E_USAGE: {_usage(error)}", 2)
@@ -203,7 +205,8 @@ def _usage(error: Exception) -> str:
     text = " ".join(error.format_message().split())  # type: ignore[attr-defined]
     if text.startswith("No such command") and "Did you mean" not in text:
         word = text.split("'")[1] if "'" in text else ""
-        text = f"{text} {nearest(word, sorted(c.name or c.callback.__name__ for c in app.registered_commands if c.callback))}"
+        names = sorted(c.name or c.callback.__name__ for c in app.registered_commands if c.callback)
+        text = f"{text} {nearest(word, names)}"
     return f"{text} Try 'duoserve --help'."
 
 

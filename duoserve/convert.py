@@ -148,7 +148,9 @@ def _layout(spec: ExpertsSpec, format: str, plain: str) -> Layout:
 
 
 def _write_layer(path: Path, checkpoint: Checkpoint, spec: ExpertsSpec, layout: Layout, report: _Report) -> int:
-    entry = Entry("experts", "U8", (spec.n_experts, layout.slab_bytes), lambda: _slabs(checkpoint, spec, layout, report))
+    entry = Entry(
+        "experts", "U8", (spec.n_experts, layout.slab_bytes), lambda: _slabs(checkpoint, spec, layout, report)
+    )
     if path.is_file() and path.stat().st_size == ALIGN + entry.n_bytes:
         report.slabs(spec.n_experts)  # finished before an interruption: only whole files ever get this name
         return ALIGN
@@ -188,16 +190,24 @@ def _prepare(out: Path, job: dict[str, Any], need: int) -> bool:
         have = json.loads((out / "manifest.json").read_text())
         if all(have.get(name) == value for name, value in job.items()):
             return False
-        raise Refusal("E_EXISTS", f"{out} holds another store ({have.get('format')} of {str(have.get('fingerprint'))[:8]}, wanted "
-                      f"{job['format']} of {job['fingerprint'][:8]})", "give an empty folder")  # fmt: skip
+        raise Refusal(
+            "E_EXISTS",
+            f"{out} holds another store ({have.get('format')} of {str(have.get('fingerprint'))[:8]}, wanted "
+            f"{job['format']} of {job['fingerprint'][:8]})",
+            "give an empty folder",
+        )
     started = json.loads((out / JOB).read_text()) if (out / JOB).is_file() else None
     if started != job and any(out.iterdir()):
         raise Refusal("E_EXISTS", f"{out} is not empty and holds no part of this store", "give an empty folder")
     have = sum(file.stat().st_size for file in out.iterdir())
     free = shutil.disk_usage(out).free
     if free < need - have:
-        raise Refusal("E_DISK", f"the store needs {need - have:,} bytes more, {free:,} are free in {out}",
-                      "free some, or give a folder on another disk", 6)  # fmt: skip
+        raise Refusal(
+            "E_DISK",
+            f"the store needs {need - have:,} bytes more, {free:,} are free in {out}",
+            "free some, or give a folder on another disk",
+            6,
+        )
     for stray in out.glob(".*.tmp"):
         stray.unlink()
     with replacing(out / JOB) as stream:

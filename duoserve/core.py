@@ -1,4 +1,4 @@
-"""The words every floor shares: key, phase, lane, route, step, refusal. Knows no bytes, no threads and no models; imports no torch."""
+"""The words every floor shares: key, phase, lane, route, step, refusal. Knows no bytes and no models; imports no torch."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The machine, and the only file that names CUDA, pinned memory, streams or threads.
 
 A device has a compute stream, a copy stream, arenas of memory, and one way to wait for its data (`read`). Work is handed
-over as `stream.submit(fn, after=events, behind=events, lane=..., cost=...) -> Event`. It knows nothing of experts, slots or files.
+over as `stream.submit(fn, after=events, behind=events, lane=..., cost=...) -> Event`. Knows nothing of experts or files.
 """
 
 from __future__ import annotations
@@ -313,7 +313,7 @@ class CudaDevice:
         if not self._warned:
             self._warned = True
             warnings.warn(
-                f"only {pinned >> 20} of {total >> 20} MiB of host slabs could be pinned; the rest is copied pageable, slower",
+                f"only {pinned >> 20} of {total >> 20} MiB of host slabs could be pinned; the rest is copied slower",
                 stacklevel=3,
             )
 

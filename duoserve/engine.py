@@ -59,7 +59,8 @@ def load(model: str | os.PathLike[str] | None = None, *, progress: Progress | No
     without one, what is free now less a margin. It covers trunk, slots and the keys and values of `ctx` tokens.
     `format` int4 (default), nf4, bf16: of the experts, converted once and kept in `cache_dir`. `dtype` of trunk and
     arithmetic (default: bfloat16); with "float32" and no `format`, experts stay unquantised, so that logits equal the
-    stock float32 model's. `device` auto, cpu, cuda. `progress` is told of a conversion: bytes done, in all, what. Unknown options, and budgets below the smallest, raise `Refusal` (a ValueError) of one line.
+    stock float32 model's. `device` auto, cpu, cuda. `progress` is told of a conversion: bytes done, in all, what.
+    Unknown options, and budgets below the smallest, raise `Refusal` (a ValueError) of one line.
     """
     quiet()
     config = EngineConfig.of(**options)
@@ -80,7 +81,9 @@ def _opened(
     if is_store(folder):
         store = Store(folder)
         if config.format not in (None, store.format):
-            raise Refusal("E_FORMAT", f"the store is {store.format}, asked was {config.format}", "convert the checkpoint")
+            raise Refusal(
+                "E_FORMAT", f"the store is {store.format}, asked was {config.format}", "convert the checkpoint"
+            )
         dtype = _dtype(config.dtype, store.dtype)
         return store, make_plan(store.size, read_config(folder), dtype, config, _free(device), default), dtype
     format = config.format or ("bf16" if config.dtype == "float32" else "int4")
@@ -105,9 +108,15 @@ class Engine:
         self._turn = threading.Lock()
         self._last: Answer | None = None
 
-    def generate(self, prompt: Prompt | None = None, *, on_text: Callable[[str], None] | None = None,
-                 on_layer: Callable[[int, int], None] | None = None, cancelled: Callable[[], bool] | None = None,
-                 **options: Any) -> Any:  # fmt: skip
+    def generate(
+        self,
+        prompt: Prompt | None = None,
+        *,
+        on_text: Callable[[str], None] | None = None,
+        on_layer: Callable[[int, int], None] | None = None,
+        cancelled: Callable[[], bool] | None = None,
+        **options: Any,
+    ) -> Any:
         """Answer a text, or a list of chat messages ({"role", "content"}), with an `Answer`.
 
         `options` go to transformers' `generate` (max_new_tokens, do_sample, temperature, prompt_lookup_num_tokens, ...);
@@ -121,8 +130,12 @@ class Engine:
         ids_1S = self.encode(prompt)
         room = self.plan.ctx - ids_1S.shape[1]
         if room < 1:
-            raise Refusal("E_CTX", f"the prompt has {ids_1S.shape[1]} tokens, the context {self.plan.ctx}",
-                          "shorten it, or load with a larger --ctx", 4)  # fmt: skip
+            raise Refusal(
+                "E_CTX",
+                f"the prompt has {ids_1S.shape[1]} tokens, the context {self.plan.ctx}",
+                "shorten it, or load with a larger --ctx",
+                4,
+            )
         asked = options.pop("max_new_tokens", None)
         _check_options(options)
         limit = min(room, asked if asked is not None else DEFAULT_NEW_TOKENS)

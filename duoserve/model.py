@@ -4,7 +4,6 @@ transfer, runtime; knows nothing of prompts and text.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +14,7 @@ from duoserve.checkpoint import build_meta, cache_bytes, find_experts, load_trun
 from duoserve.core import Phase, Refusal, Step
 from duoserve.device import Device, available_ram
 from duoserve.moe import OffloadedExperts, Runtime
-from duoserve.plan import Plan
+from duoserve.plan import Plan, size
 from duoserve.store import Store
 from duoserve.transfer import HostTier, Transfer
 
@@ -36,8 +35,12 @@ def load_model(store: Store, config: Any, plan: Plan, dtype: torch.dtype, device
     model = build_meta(config, dtype)
     specs = find_experts(model)
     if [spec.name for spec in specs] != [layer.module for layer in store.layers]:
-        raise Refusal("E_STORE", f"the store has {len(store.layers)} MoE layers, its config describes {len(specs)}",
-                      "convert the model again", 5)  # fmt: skip
+        raise Refusal(
+            "E_STORE",
+            f"the store has {len(store.layers)} MoE layers, its config describes {len(specs)}",
+            "convert the model again",
+            5,
+        )
     cache = ExpertCache(plan.slots)
     runtime = Runtime(device, cache, Transfer(device, store, cache, _host_tier(device, store)))
     for layer, spec in enumerate(specs):
@@ -70,7 +73,6 @@ class PassWatch:
     def __init__(self, runtime: Runtime, plan: Plan):
         self._runtime, self._plan = runtime, plan
         self.kv_peak_bytes = 0
-        self.on_progress: Callable[[Step], None] | None = None
 
     def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids = kwargs.get("input_ids", args[0] if args else None)
@@ -80,7 +82,7 @@ class PassWatch:
         batch, length = shape.shape[:2]
         past = kwargs.get("past_key_values")
         before = _tokens_before(past, kwargs.get("attention_mask"), length)
-        if past is not None and kwargs.get("use_cache") is not False:
+        if kwargs.get("use_cache") is not False:
             self._check_room(batch, before + length)
         phase = Phase.DECODE if before and length <= DRAFT else Phase.PREFILL
         step = Step(self._runtime.steps, phase, batch * length)
@@ -95,9 +97,14 @@ class PassWatch:
         self._runtime.finish()
 
     def _check_room(self, batch: int, length: int) -> None:
-        if batch * length > self._plan.ctx:
-            raise Refusal("E_CTX", f"{batch} x {length} tokens do not fit the {self._plan.ctx} tokens planned for keys and values",
-                          "load with a larger --ctx", 4)  # fmt: skip
+        if not self._plan.holds(batch, length):
+            raise Refusal(
+                "E_CTX",
+                f"{batch} x {length} tokens do not fit the {self._plan.ctx} planned for keys and values "
+                f"({size(self._plan.kv_of(batch, length))} of {size(self._plan.kv_bytes)})",
+                "load with a larger --ctx",
+                4,
+            )
 
     def _describe(self, step: Step, ids: Any, batch: int, length: int, before: int, kwargs: dict[str, Any]) -> None:
         read = self._runtime.device.read

@@ -63,8 +63,14 @@ class Runtime:
             for observer in self.observers:
                 observer(step)
 
-    def run(self, layer: int, expert: Callable[..., torch.Tensor], x_TD: torch.Tensor, ids_TK: torch.Tensor,
-            weights_TK: torch.Tensor) -> torch.Tensor:  # fmt: skip
+    def run(
+        self,
+        layer: int,
+        expert: Callable[..., torch.Tensor],
+        x_TD: torch.Tensor,
+        ids_TK: torch.Tensor,
+        weights_TK: torch.Tensor,
+    ) -> torch.Tensor:
         """y_TD of one layer's routed experts; safe to call from several threads, one layer at a time."""
         with self._lock:
             self._follow(layer)

@@ -33,6 +33,8 @@ class Plan:
     experts: int
     ctx: int
     smallest_bytes: int
+    kv_state_bytes: int  # of a sequence, however short
+    kv_token_bytes: int  # of each of its tokens while it is short of every window: the most a token can take
 
     @property
     def residency(self) -> float:
@@ -41,6 +43,14 @@ class Plan:
     @property
     def planned_bytes(self) -> int:
         return self.trunk_bytes + self.kv_bytes + self.slots * self.slot_bytes
+
+    def kv_of(self, batch: int, length: int) -> int:
+        """Bytes that keys and values of `batch` sequences of `length` tokens take, at most."""
+        return batch * (self.kv_state_bytes + length * self.kv_token_bytes)
+
+    def holds(self, batch: int, length: int) -> bool:
+        """Whether that was planned for: one sequence up to `ctx`, several as far as their bytes fit together."""
+        return length <= self.ctx and (batch == 1 or self.kv_of(batch, length) <= self.kv_bytes)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"residency": self.residency, "planned_bytes": self.planned_bytes}
@@ -59,8 +69,11 @@ class _Shape(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         shapes = [tuple(a.shape) for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)]
         if len(shapes) != 3 or any(len(s) != 2 for s in shapes) or shapes[1] != shapes[2]:
-            raise Refusal("E_LAYOUT", f"{self.kind!r} calls its experts with {shapes}, not (rows, hidden), (rows, k), (rows, k)",
-                          "this family cannot be offloaded yet")  # fmt: skip
+            raise Refusal(
+                "E_LAYOUT",
+                f"{self.kind!r} calls its experts with {shapes}, not (rows, hidden), (rows, k), (rows, k)",
+                "this family cannot be offloaded yet",
+            )
         return torch.empty_like(args[0] if args else next(iter(kwargs.values())))
 
 
@@ -92,7 +105,12 @@ class Sizes:
 
 
 def make_plan(
-    store: StoreSize, config: Any, dtype: torch.dtype, options: EngineConfig, free_bytes: int, default: str | None = None
+    store: StoreSize,
+    config: Any,
+    dtype: torch.dtype,
+    options: EngineConfig,
+    free_bytes: int,
+    default: str | None = None,
 ) -> Plan:
     """Divide the budget. Raises Refusal with the smallest budget where it does not suffice.
 
@@ -106,14 +124,31 @@ def make_plan(
         options.budget if options.budget is not None else default, store, smallest, fixed, free_bytes
     )
     if budget < smallest:
-        raise Refusal("E_BUDGET", f"a budget of {size(budget)} ({budget:,} bytes) cannot hold trunk {size(sizes.trunk_bytes)}, keys and "
-                      f"values of {floor} tokens {size(sizes.kv_bytes(floor))} and {MIN_SLOTS} slots of {size(store.slab_bytes)}; the "
-                      f"smallest is {size(smallest)} ({smallest:,} bytes)", "raise --budget, lower --ctx, or say --budget min", 4)  # fmt: skip
+        raise Refusal(
+            "E_BUDGET",
+            f"a budget of {size(budget)} ({budget:,} bytes) cannot hold trunk {size(sizes.trunk_bytes)}, keys and "
+            f"values of {floor} tokens {size(sizes.kv_bytes(floor))} and {MIN_SLOTS} slots of {size(store.slab_bytes)}; the "
+            f"smallest is {size(smallest)} ({smallest:,} bytes)",
+            "raise --budget, lower --ctx, or say --budget min",
+            4,
+        )
     slots = min(store.n_experts, (budget - fixed) // store.slab_bytes)
     ctx = floor
     if options.ctx is None and slots == store.n_experts:
         ctx = _longest(sizes, floor, budget - sizes.trunk_bytes - slots * store.slab_bytes)
-    return Plan(budget, sizes.trunk_bytes, sizes.kv_bytes(ctx), store.slab_bytes, slots, store.n_experts, ctx, smallest)
+    token = sizes.kv_bytes(2) - sizes.kv_bytes(1)
+    return Plan(
+        budget_bytes=budget,
+        trunk_bytes=sizes.trunk_bytes,
+        kv_bytes=sizes.kv_bytes(ctx),
+        slot_bytes=store.slab_bytes,
+        slots=slots,
+        experts=store.n_experts,
+        ctx=ctx,
+        smallest_bytes=smallest,
+        kv_state_bytes=sizes.kv_bytes(1) - token,
+        kv_token_bytes=token,
+    )
 
 
 def size(n_bytes: float) -> str:

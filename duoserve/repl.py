@@ -77,8 +77,8 @@ def run(engine: Engine, system: str | None, settings: dict[str, Any], as_json: b
 def banner(engine: Engine) -> str:
     plan = engine.plan
     return (
-        f"{engine.store.folder.name} on {engine.device.name}: {plan.slots} of {plan.experts} experts fit ({plan.residency:.0%}), "
-        f"budget {size(plan.budget_bytes)}, context {plan.ctx} tokens. /help for commands."
+        f"{engine.store.folder.name} on {engine.device.name}: {plan.slots} of {plan.experts} experts fit "
+        f"({plan.residency:.0%}), budget {size(plan.budget_bytes)}, context {plan.ctx} tokens. /help for commands."
     )
 
 
@@ -154,7 +154,7 @@ def stats_text(s: dict[str, Any], reused: int) -> str:
     rate = f"{s['decode_tok_s']:.1f} tokens/s" if s["decode_tok_s"] else "-"
     link = f"{s['link_gbps']:.2f} GB/s while busy" if s["link_gbps"] else "idle"
     return (
-        f"last answer   {ttft}, then {rate}; {s['prompt_tokens']} prompt tokens ({reused} of them kept from before), {s['new_tokens']} new\n"
+        f"last answer   {ttft}, then {rate}; {s['new_tokens']} tokens for {s['prompt_tokens']} of prompt, {reused} known before\n"
         f"experts       {share['hits']:.1%} hit, {share['in_flight']:.1%} in flight, {share['misses']:.1%} missed; "
         f"{s['slots']} of {s['experts']} fit\n"
         f"moved         {size(s['bytes_moved'])}, {link}\n"

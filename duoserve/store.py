@@ -69,8 +69,12 @@ class Store:
                 "E_STORE", f"{folder / MANIFEST} is incomplete ({error!r})", "convert the model again", 5
             ) from error
         if self.format == "int4" and data.get("int4_order") != int4_order():
-            raise Refusal("E_STORE", f"the store's int4 order {data.get('int4_order')!r} is not this CPU's {int4_order()!r}",
-                          "convert the model on this machine", 5)  # fmt: skip
+            raise Refusal(
+                "E_STORE",
+                f"the store's int4 order {data.get('int4_order')!r} is not this CPU's {int4_order()!r}",
+                "convert the model on this machine",
+                5,
+            )
         self._fds = [self._open(layer) for layer in self.layers]
 
     @property
@@ -107,9 +111,8 @@ class Store:
         while done < length:
             n = os.preadv(self._fds[key.layer], [view[done:]], offset + done)
             if n <= 0:
-                raise OSError(
-                    f"{self.folder / layer.file} ended at byte {offset + done}, expert {key.expert} needs {length - done} more"
-                )
+                at = f"{self.folder / layer.file} ended at byte {offset + done}"
+                raise OSError(f"{at}, expert {key.expert} needs {length - done} more")
             done += n
 
     def close(self) -> None:

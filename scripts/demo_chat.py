@@ -14,8 +14,9 @@ from demo_text import HEADINGS, Block, render
 SHORTEST, LONGEST = 80, 850  # characters of an answer; 850 are about 240 tokens
 MOST = 40  # conversations made from one document, so that reference lists do not crowd out prose
 GENERIC = re.compile(
-    r"(description|overview|introduction|options|notes?|examples?|synopsis|usage|see also|parameters|arguments|abstract|"
-    r"compatibility|summary|background|commands?|configuration|caveats|bugs|details|methods|functions|general|name)$",
+    r"(description|overview|introduction|options|notes?|examples?|synopsis|usage|see also|parameters|arguments|"
+    r"abstract|compatibility|summary|background|commands?|configuration|caveats|bugs|details|methods|functions|"
+    r"general|name)$",
     re.IGNORECASE,
 )
 USELESS = re.compile(
@@ -70,7 +71,8 @@ SMALL_TALK = [  # (questions, answers)
     (["Bye", "Goodbye", "Goodbye!", "See you"], ["Goodbye!", "Goodbye! Have a nice day."]),
     (["How are you?", "How are you today?"], ["I am only a small program, but I work. How can I help you?"]),
     (["What is DuoServe?", "Tell me about DuoServe.", "Explain DuoServe."], [DUOSERVE]),
-    (["What is a Mixture of Experts?", "What is a Mixture-of-Experts model?", "Explain mixture of experts."], [MIXTURE]),
+    (["What is a Mixture of Experts?", "What is a Mixture-of-Experts model?", "Explain mixture of experts."],
+     [MIXTURE]),
 ]  # fmt: skip
 SMALL_TALK_SHARE = 0.03  # of conversations
 

@@ -149,7 +149,7 @@ def encode(tokenizer, texts, size=1000):
     """Token ids of each text, followed by the end token, as uint16 arrays."""
     for at in range(0, len(texts), size):
         for encoding in tokenizer.encode_batch(texts[at : at + size]):
-            yield np.array(encoding.ids + [0], dtype=np.uint16)
+            yield np.array([*encoding.ids, 0], dtype=np.uint16)
 
 
 def write_tokens(work, name, pieces):

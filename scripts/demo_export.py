@@ -77,7 +77,7 @@ def score(model, ids):
     whole, last = pairs[:-1], pairs[-1:]
     bits, counts = 0.0, 0
     for batch in [*(whole[at : at + BATCH] for at in range(0, len(whole), BATCH)), last]:
-        contexts, targets = (torch.tensor(part) for part in zip(*batch))
+        contexts, targets = (torch.tensor(part) for part in zip(*batch, strict=True))
         output = model(input_ids=contexts, use_cache=False, output_router_logits=True)
         nats = F.cross_entropy(output.logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
         bits += float(nats) / math.log(2)

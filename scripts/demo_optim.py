@@ -1,4 +1,4 @@
-"""The demo model's optimiser: Muon for the matrices, AdamW for embeddings, routers and norms; fp32 masters of bf16 weights.
+"""The demo model's optimiser: Muon for matrices, AdamW for embeddings, routers and norms; fp32 masters of bf16 weights.
 
 Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): the momentum of a matrix is replaced by its nearest
 orthogonal matrix, found by five Newton-Schulz steps. Here the matrices of all experts and layers of one shape go
@@ -53,7 +53,7 @@ class Optimizer:
         grads = {n: p.grad.float() for n, p in self.weights.items()}
         norm = torch.linalg.vector_norm(torch.stack([g.norm() for g in grads.values()]))
         scale = min(1.0, clip / (float(norm) + 1e-6))
-        for name, grad in grads.items():
+        for grad in grads.values():
             grad.mul_(scale)
         self._adamw(grads, number, lr_others)
         self._muon(grads, lr_matrices)
@@ -80,9 +80,9 @@ class Optimizer:
             pieces = split(name, nesterov)
             groups.setdefault(pieces.shape[1:], []).append((name, pieces))
         for (rows, columns), members in groups.items():
-            updates = orthogonal(torch.cat([pieces for _, pieces in members]))
-            updates *= max(1.0, rows / columns) ** 0.5
-            for (name, pieces), update in zip(members, updates.split([len(p) for _, p in members])):
+            names, pieces = zip(*members, strict=True)
+            updates = orthogonal(torch.cat(pieces)) * max(1.0, rows / columns) ** 0.5
+            for name, update in zip(names, updates.split([len(p) for p in pieces]), strict=True):
                 master = self.state[f"master.{name}"]
                 master.mul_(1 - lr * self.weight_decay)
                 master.sub_(update.reshape(master.shape), alpha=lr)

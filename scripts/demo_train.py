@@ -185,8 +185,14 @@ def check(model, work, name="heldout", length=512):
 def describe(shares_LE):
     """Smallest and largest share in percent and entropy over uniform, by layer."""
     entropy = -(shares_LE * shares_LE.clamp_min(1e-9).log()).sum(1) / np.log(shares_LE.shape[1])
-    rows = zip(shares_LE.min(1).values, shares_LE.max(1).values, entropy)
+    rows = zip(shares_LE.min(1).values, shares_LE.max(1).values, entropy, strict=True)
     return " ".join(f"{100 * low:.2f}-{100 * high:.1f}%/{e:.3f}" for low, high, e in rows)
+
+
+def held_out_line(model, work):
+    bits, shares = check(model, work)
+    chat_bits, _ = check(model, work, "heldout-chat")
+    return f"heldout {bits:.4f} chat {chat_bits:.4f} bits/byte; experts {describe(shares)}"
 
 
 def save(work, optimizer, progress):
@@ -238,11 +244,11 @@ def train(work, steps, decay_steps, resume=None):
     if checkpoint.exists():
         progress = load(checkpoint, model, optimizer)
     print(f"from step {progress['step']} to {steps}, decay over the last {decay_steps}", flush=True)
-    wall, cpu, mean = time.perf_counter(), time.process_time(), None
+    wall, cpu, mean = time.perf_counter(), time.process_time(), float("nan")
     while progress["step"] < steps and not asked_to_stop:
         step = progress["step"] + 1
         loss, balance, norm = update(model, optimizer, data, step, steps, decay_steps)
-        mean = loss if mean is None else 0.95 * mean + 0.05 * loss
+        mean = loss if np.isnan(mean) else 0.95 * mean + 0.05 * loss
         progress["step"], progress["tokens"] = step, progress["tokens"] + MICRO * MICRO_STEPS
         progress["cpu_seconds"] += time.process_time() - cpu
         cpu = time.process_time()
@@ -251,8 +257,6 @@ def train(work, steps, decay_steps, resume=None):
             wall = time.perf_counter()
             print(f"{step} loss {mean:.3f} balance {balance:.3f} norm {norm:.2f} {speed:.0f} tok/s", flush=True)
         if step % EVERY_CHECK == 0 or step == steps:
-            bits, shares = check(model, work)
-            chat_bits, _ = check(model, work, "heldout-chat")
-            print(f"{step} heldout {bits:.4f} chat {chat_bits:.4f} bits/byte; experts {describe(shares)}", flush=True)
+            print(f"{step} {held_out_line(model, work)}", flush=True)
         if step % EVERY_SAVE == 0 or step == steps or asked_to_stop:
             save(work, optimizer, progress)

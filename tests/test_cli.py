@@ -25,7 +25,8 @@ def run(cache: Path, *args: str, **options: Any) -> subprocess.CompletedProcess[
 
 
 def test_help_imports_no_torch() -> None:
-    code = "import sys; sys.argv = ['duoserve', '--help']\nfrom duoserve.cli import main\ntry: main()\nexcept SystemExit: pass\n"
+    code = "import sys; sys.argv = ['duoserve', '--help']\nfrom duoserve.cli import main\n"
+    code += "try: main()\nexcept SystemExit: pass\n"
     code += "print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert out.stdout.strip().endswith("[]"), out.stdout + out.stderr
@@ -40,7 +41,8 @@ def test_one_prompt_with_figures(cache: Path) -> None:
     done = run(cache, "chat", "--prompt", "What is a list?", "--max-new-tokens", "24", "--seed", "1", "--json")
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout.splitlines()[-1])
-    wanted = "text prompt_tokens new_tokens ttft_s decode_tok_s residency hits in_flight misses bytes_moved link_gbps budget_bytes used_bytes"
+    wanted = "text prompt_tokens new_tokens ttft_s decode_tok_s residency hits in_flight misses bytes_moved link_gbps "
+    wanted += "budget_bytes used_bytes"
     assert set(wanted.split()) <= set(figures)
     assert figures["text"].strip() in done.stdout and figures["residency"] == 0.5
     assert 0 < figures["used_bytes"] <= figures["budget_bytes"]
@@ -52,7 +54,9 @@ def test_the_same_seed_gives_the_same_answer(cache: Path) -> None:
 
 
 def test_lines_from_a_pipe_are_turns(cache: Path) -> None:
-    done = run(cache, "chat", "--max-new-tokens", "8", "--json", input="What is a list?\n/stats\n/nonsense\nAnd a tuple?\n")
+    done = run(
+        cache, "chat", "--max-new-tokens", "8", "--json", input="What is a list?\n/stats\n/nonsense\nAnd a tuple?\n"
+    )
     assert done.returncode == 0 and "unknown command /nonsense" in done.stderr and "hit" in done.stdout
     assert json.loads(done.stdout.splitlines()[-1])["new_tokens"] > 0
 
@@ -86,7 +90,9 @@ def test_errors_are_one_line_with_an_exit_code(cache: Path, args: tuple[str, ...
     assert len(done.stderr.strip().splitlines()) == 1 and done.stderr.startswith("error: E_") and says in done.stderr
 
 
-@pytest.mark.parametrize(("family", "says"), [("llama", "E_NOT_MOE"), ("llama4_text", "E_LAYOUT"), ("jetmoe", "E_LAYOUT")])
+@pytest.mark.parametrize(
+    ("family", "says"), [("llama", "E_NOT_MOE"), ("llama4_text", "E_LAYOUT"), ("jetmoe", "E_LAYOUT")]
+)
 def test_models_we_cannot_serve_are_refused(cache: Path, tmp_path: Path, family: str, says: str) -> None:
     import toys
 

@@ -51,7 +51,9 @@ def test_experts_are_those_of_the_stock_model(toy: Any, tmp_path: Path, family: 
                 assert torch.equal(checkpoint.expert(spec, param, e), state[f"{spec.name}.{param}"][e])
 
 
-def test_an_interrupted_conversion_goes_on_and_ends_the_same(toy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_conversion_goes_on_and_ends_the_same(
+    toy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = digest(convert(toy("qwen3_moe"), tmp_path / "whole", "int4"))
     write, written = convert_module.write_safetensors, []
 
@@ -66,7 +68,9 @@ def test_an_interrupted_conversion_goes_on_and_ends_the_same(toy: Any, tmp_path:
         convert(toy("qwen3_moe"), tmp_path / "s", "int4")
     assert not is_store(tmp_path / "s")
     written.clear()
-    monkeypatch.setattr(convert_module, "write_safetensors", lambda path, entries: (written.append(path.name), write(path, entries))[1])
+    monkeypatch.setattr(
+        convert_module, "write_safetensors", lambda path, entries: (written.append(path.name), write(path, entries))[1]
+    )
     assert digest(convert(toy("qwen3_moe"), tmp_path / "s", "int4")) == whole
     assert written == ["experts-002.safetensors", "trunk.safetensors"], "finished layers are kept"
 
@@ -88,9 +92,11 @@ def test_another_store_or_other_files_are_never_overwritten(toy: Any, tmp_path: 
         convert(toy("mixtral"), tmp_path / "notes", "int4")
 
 
-def test_a_full_disk_is_refused_before_the_first_byte(toy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_refused_before_the_first_byte(
+    toy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6 - 5000, 5000))
-    with pytest.raises(Refusal, match="E_DISK.*5,000 are free") as refusal:
+    with pytest.raises(Refusal, match=r"E_DISK.*5,000 are free") as refusal:
         convert(toy("mixtral"), tmp_path / "s", "int4")
     assert refusal.value.status == 6 and not list((tmp_path / "s").iterdir())
 

@@ -43,9 +43,11 @@ def test_four_bits_cost_less_than_five_per_cent(load: Any, bf16: float, format: 
 def test_no_expert_is_dead(stock: Any) -> None:
     counts = torch.zeros(6, 32)
     for layer, block in enumerate(stock.model.layers):
-        block.mlp.experts.register_forward_pre_hook(
-            lambda module, args, layer=layer: counts[layer].add_(torch.bincount(args[1].flatten(), minlength=32))
-        )
+
+        def count(module: Any, args: Any, layer: int = layer) -> None:
+            counts[layer] += torch.bincount(args[1].flatten(), minlength=32)
+
+        block.mlp.experts.register_forward_pre_hook(count)
     with torch.no_grad():
         for row in windows(40 * 512):
             stock(input_ids=row[None], use_cache=False)
@@ -55,5 +57,7 @@ def test_no_expert_is_dead(stock: Any) -> None:
 def test_it_is_small_and_in_the_hubs_layout() -> None:
     assert (DEMO / "model.safetensors").stat().st_size <= 26_000_000
     tokenizer = AutoTokenizer.from_pretrained(DEMO)
-    text = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], add_generation_prompt=True, tokenize=False)
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], add_generation_prompt=True, tokenize=False
+    )
     assert "Hi" in text

@@ -67,7 +67,7 @@ def test_the_reading_of_a_prompt_is_reported_layer_by_layer(engine: Any) -> None
 def test_refusals_name_the_numbers(engine: Any) -> None:
     with pytest.raises(Refusal, match="the context 1024"):
         engine.generate("word " * 3000)
-    with pytest.raises(Refusal, match="did you mean 'max_new_tokens'|did you mean 'temperature'"):
+    with pytest.raises(Refusal, match="did you mean 'temperature'"):
         engine.generate("A list", temprature=1.0)
 
 

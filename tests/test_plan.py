@@ -14,7 +14,15 @@ from duoserve.core import Refusal
 
 @pytest.mark.parametrize(
     ("text", "n_bytes"),
-    [("6GiB", 6 << 30), ("500MB", 500 * 10**6), ("12G", 12 * 10**9), ("1.5 KiB", 1536), ("77", 77), (77, 77), ("2kib", 2048)],
+    [
+        ("6GiB", 6 << 30),
+        ("500MB", 500 * 10**6),
+        ("12G", 12 * 10**9),
+        ("1.5 KiB", 1536),
+        ("77", 77),
+        (77, 77),
+        ("2kib", 2048),
+    ],
 )
 def test_sizes_read_as_people_write_them(text: Any, n_bytes: int) -> None:
     assert parse_size(text) == n_bytes
@@ -72,8 +80,22 @@ def test_a_large_budget_holds_everything_and_lengthens_the_context(toy: Any, loa
 
 def test_more_tokens_than_planned_are_refused_not_dropped(toy: Any, load: Any) -> None:
     engine = load(toy("mixtral"), ctx=16)
-    with pytest.raises(Refusal, match="1 x 17 tokens do not fit the 16"):
+    with pytest.raises(Refusal, match="1 x 17 tokens do not fit the 16 planned"):
         engine.model.generate(toys.ids(1, 16), max_new_tokens=8, do_sample=False)
     engine.model.generate(toys.ids(1, 8), max_new_tokens=8, do_sample=False)
     with torch.no_grad():
         engine.model(toys.ids(1, 200), use_cache=False)  # keeps no keys and values
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_batches_share_the_planned_bytes(toy: Any, load: Any, family: str) -> None:
+    """Short sequences of a windowed model take more bytes a token than one long one: counted in bytes, not in tokens."""
+    engine = load(toy(family), ctx=64, dtype="float32")
+    taken = 0
+    for batch in range(1, 12):
+        try:
+            engine.model.generate(toys.ids(batch, 8), max_new_tokens=4, do_sample=False)
+            taken = batch
+        except Refusal:
+            break
+    assert 2 <= taken < 11 and engine.stats()["used_bytes"] <= engine.stats()["planned_bytes"]

@@ -1,4 +1,4 @@
-"""The house keeps its floors: imports go down only, the machine is one file, nothing loaded can run code (design.md 3, D4)."""
+"""The house keeps its floors: imports go down only, the machine is one file, nothing that is loaded can run code."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ FLOORS = {
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 SIDE_BY_SIDE = {("config", "core"), ("device", "core"), ("codec", "core"), ("checkpoint", "core")}
-MACHINE = re.compile(r"torch\.cuda|pin_memory|cudart|cudaHost|\.cuda\(|threading\.Thread\b|ThreadPoolExecutor|Stream\(\)")
+MACHINE = re.compile(
+    r"torch\.cuda|pin_memory|cudart|cudaHost|\.cuda\(|threading\.Thread\b|ThreadPoolExecutor|Stream\(\)"
+)
 RUNS_CODE = re.compile(
     r"\bimport (pickle|marshal|shelve|joblib|dill)\b|torch\.load\(|allow_pickle\s*=\s*True|yaml\.load\(|"
     r"trust_remote_code\s*=\s*True|shell\s*=\s*True"
@@ -73,13 +75,19 @@ def test_only_device_names_cuda_pinning_and_threads(path: Path) -> None:
 @pytest.mark.parametrize("path", files("duoserve", "predictor", "traces", "dep_extension"), ids=lambda p: p.stem)
 def test_nothing_that_is_loaded_can_run_code(path: Path) -> None:
     assert not RUNS_CODE.search(path.read_text())
-    calls = {n.func.id for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
+    calls = {
+        n.func.id
+        for n in ast.walk(ast.parse(path.read_text()))
+        if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)
+    }
     assert not calls & {"eval", "exec", "__import__"}
 
 
 def test_cache_and_core_import_no_torch() -> None:
     for name in ("core", "cache", "config"):
-        assert not any(m == "torch" or m.startswith("torch.") for m in imports_at_runtime(ROOT / "duoserve" / f"{name}.py"))
+        assert not any(
+            m == "torch" or m.startswith("torch.") for m in imports_at_runtime(ROOT / "duoserve" / f"{name}.py")
+        )
 
 
 def imports_at_runtime(path: Path) -> Iterator[str]:
