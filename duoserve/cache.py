@@ -1,28 +1,31 @@
-"""Which expert sits in which slot. Knows keys, slots and how recently each was wanted; knows nothing of bytes, streams or
-models, and decides nothing about what to fetch. One instance per tier (device slots, host slabs).
+"""Which expert sits in which slot, and what each is worth keeping. Knows keys, slots and how often each key was wanted;
+knows nothing of bytes, streams or models, and decides nothing about what to fetch. One instance per tier.
 
-Order of eviction: `order` runs from the slot given up first to the one given up last. A slot is never taken while pinned.
+Worth is how often a layer's router chose the expert, older tokens counting less: aged by the layer's *own* tokens, not by
+accesses to the pool. A plain LRU pool smaller than one token's experts hits nothing, because it evicts just what the layers
+ahead are about to want; by worth, an expert goes when its own layer has passed it over (figures in docs/log.md). Of
+equals, the one whose layer comes round last goes first.
 
-    claim(new key)   free slot, else the first unpinned slot in `order`; its old key is forgotten, nothing is copied back
-    spare()          the slot that the next claim would take, if it is free or spent: what a guess may have
-    keep(slot)       to the far end: recently wanted
-    spend(slot)      to the near end: streamed past once, the next claim may have it
+    worth' = worth * DECAY^rows + (1 - DECAY^rows) / (1 - DECAY) * share of the rows        rows = 1: worth * DECAY + chosen
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterator
-from itertools import takewhile
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
+
 from duoserve.core import Key
+
+DECAY = 0.9
+TIE = 1e-6  # per layer of distance: far less than any difference of worth that matters
 
 
 class Slot:
     """Room for one slab. `ready` and `released` are events of the tier's device; `ready` is None while empty."""
 
-    __slots__ = ("index", "key", "pins", "ready", "released", "spent")
+    __slots__ = ("index", "key", "pins", "ready", "released")
 
     def __init__(self, index: int):
         self.index = index
@@ -30,93 +33,100 @@ class Slot:
         self.pins = 0
         self.ready: Any = None
         self.released: tuple[Any, ...] = ()
-        self.spent = False
 
     def __repr__(self) -> str:
         return f"Slot({self.index}, {self.key}, pins={self.pins})"
 
 
 class ExpertCache:
-    """`n_slots` slots shared by all layers, least recently wanted first out."""
+    """`n_slots` slots shared by all layers; `experts` is the number of experts of each layer."""
 
-    def __init__(self, n_slots: int):
-        assert n_slots >= 1, n_slots
+    def __init__(self, n_slots: int, experts: list[int]):
+        assert n_slots >= 1 and experts, (n_slots, experts)
         self.slots = [Slot(i) for i in range(n_slots)]
-        self._of: dict[Key, Slot] = {}
-        self._free = list(reversed(self.slots))
-        self._order: OrderedDict[int, Slot] = OrderedDict()
         self.evictions = 0
+        self._first = [sum(experts[:layer]) for layer in range(len(experts) + 1)]  # of each layer, in the flat arrays
+        self._layers = len(experts)
+        self._layer = np.repeat(np.arange(len(experts)), experts)  # of each expert
+        self._slot = np.full(len(self._layer), -1, dtype=np.int64)  # of each expert, or -1
+        self._worth = np.zeros(len(self._layer))
+        self._open = np.zeros(len(self._layer), dtype=bool)  # sits in a slot that is not pinned
+        self._free = list(reversed(self.slots))
+        self._turn = 0  # the layer whose turn it is
 
     def __len__(self) -> int:
-        return len(self._of)
+        return len(self.slots) - len(self._free)
 
     def __contains__(self, key: Key) -> bool:
-        return key in self._of
+        return self.lookup(key) is not None
 
     def keys(self) -> Iterator[Key]:
-        """From the key given up first to the one given up last."""
-        return (slot.key for slot in self._order.values() if slot.key is not None)
+        """What the slots hold, in no particular order."""
+        return (slot.key for slot in self.slots if slot.key is not None)
 
     def lookup(self, key: Key) -> Slot | None:
-        """The slot that holds or is about to hold `key`; does not count as wanting it."""
-        return self._of.get(key)
+        """The slot that holds, or is about to hold, `key`."""
+        index = self._slot[self._at(key)]
+        return self.slots[index] if index >= 0 else None
 
-    def claim(self, key: Key) -> Slot | None:
-        """A pinned slot for a key that has none; None while every slot is pinned.
+    def turn(self, layer: int, rows: int, chosen: Mapping[int, int]) -> None:
+        """A layer's router has spoken for `rows` tokens: `chosen` is how many of them each expert got."""
+        self._turn = layer
+        kept = DECAY**rows
+        worth = self._worth[self._first[layer] : self._first[layer + 1]]
+        worth *= kept
+        worth[list(chosen)] += np.fromiter(chosen.values(), float, len(chosen)) * ((1 - kept) / (1 - DECAY) / rows)
+
+    def claim(self, key: Key, sparing: int | None = None) -> Slot | None:
+        """A pinned slot for a key that has none, nothing of layer `sparing` evicted for it; None while there is none.
 
         The slot's `ready` and `released` are still those of its former life: the caller's write must wait for both.
         """
-        assert key not in self._of, key
-        slot = self._free.pop() if self._free else self._evict()
+        slot = self.offer(sparing)
         if slot is None:
             return None
-        slot.key, slot.pins, slot.spent = key, 1, False
-        self._of[key] = slot
-        self._order[slot.index] = slot
+        assert self._slot[self._at(key)] < 0, key
+        if slot.key is None:
+            self._free.pop()
+        else:
+            self._slot[self._at(slot.key)], self._open[self._at(slot.key)] = -1, False
+            self.evictions += 1
+        slot.key, slot.pins = key, 1
+        self._slot[self._at(key)] = slot.index
         return slot
 
-    def spare(self) -> Slot | None:
-        """The slot that a guess may claim next: a free or a spent one, so that nothing wanted is evicted; else None."""
+    def offer(self, sparing: int | None = None) -> Slot | None:
+        """The slot that `claim` would take: a free one, else that of the expert worth least."""
         if self._free:
             return self._free[-1]
-        return next((slot for slot in takewhile(lambda s: s.spent, self._order.values()) if not slot.pins), None)
+        open_ = self._open if sparing is None else self._open & (self._layer != sparing)
+        until_turn = (self._layer - self._turn - 1) % self._layers
+        expert = int(np.argmin(np.where(open_, self._worth - TIE * until_turn, np.inf)))
+        return self.slots[self._slot[expert]] if open_[expert] else None
 
     def pin(self, slot: Slot) -> None:
         assert slot.key is not None, slot
         slot.pins += 1
+        self._open[self._at(slot.key)] = False
 
     def unpin(self, slot: Slot) -> None:
-        assert slot.pins > 0, slot
+        assert slot.key is not None and slot.pins > 0, slot
         slot.pins -= 1
-
-    def keep(self, slot: Slot) -> None:
-        slot.spent = False
-        self._order.move_to_end(slot.index)
-
-    def spend(self, slot: Slot) -> None:
-        slot.spent = True
-        self._order.move_to_end(slot.index, last=False)
+        self._open[self._at(slot.key)] = slot.pins == 0
 
     def forget(self, slot: Slot) -> None:
         """Empty a slot whose copy failed."""
         assert slot.key is not None, slot
-        del self._of[slot.key]
-        del self._order[slot.index]
+        self._slot[self._at(slot.key)], self._open[self._at(slot.key)] = -1, False
         slot.key, slot.pins, slot.ready = None, 0, None
         self._free.append(slot)
 
     def check(self) -> None:
         """Integrity when idle: every key has one slot, every slot at most one key, nothing is pinned."""
-        assert len(self._of) == len(self._order) == len(self.slots) - len(self._free)
-        for key, slot in self._of.items():
-            assert slot.key == key and self._order[slot.index] is slot, (key, slot)
-            assert slot.pins == 0, slot
+        held = [slot for slot in self.slots if slot.key is not None]
+        assert len(held) == len(self) == int((self._slot >= 0).sum()) == int(self._open.sum()), (len(held), len(self))
+        for slot in held:
+            assert slot.key is not None and self.lookup(slot.key) is slot and slot.pins == 0, slot
 
-    def _evict(self) -> Slot | None:
-        slot = next((slot for slot in self._order.values() if not slot.pins), None)
-        if slot is not None:
-            assert slot.key is not None, slot
-            del self._of[slot.key]
-            del self._order[slot.index]
-            self.evictions += 1
-        return slot
+    def _at(self, key: Key) -> int:
+        return self._first[key.layer] + key.expert

@@ -264,7 +264,7 @@ class Checkpoint:
         converter = copy.deepcopy(self._converter[next(iter(sources))])
         for pattern, keys in sources.items():
             part = self._slice(keys[e])[...] if len(keys) > 1 else self._slice(keys[0])[e : e + 1]
-            converter.add_tensor(target, keys[0], pattern, lambda part=part: part)
+            converter.add_tensor(target, keys[0], pattern, cast(Any, lambda part=part: part))
             del part
         value = converter.convert(target, model=self.model, config=self.config)[target]
         value = value[0] if isinstance(value, list) else value
@@ -323,7 +323,7 @@ def load_trunk(model: Any, file: Path, dtype: torch.dtype, device: torch.device)
     """
     load = LoadStateDictConfig(
         pretrained_model_name_or_path=str(file),
-        weight_mapping=get_model_conversion_mapping(model),
+        weight_mapping=cast(Any, get_model_conversion_mapping(model)),
         device_map={"": device},
         dtype=dtype,
         dtype_plan=model._get_dtype_plan(dtype),

@@ -1,6 +1,6 @@
-"""Sparse passes: a few experts per layer, fetched on demand over one pool that forgets the least recently wanted.
+"""Sparse passes: a few experts per layer, fetched on demand over one pool shared by all layers.
 
-Chooses what to fetch and what to keep; touches no stream and no bytes.
+Chooses what to fetch; touches no stream and no bytes.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ class Decode:
     def __init__(self, cache: ExpertCache, transfer: Transfer):
         self._cache, self._transfer = cache, transfer
 
-    def run(self, layer: int, tokens: dict[int, int]) -> Generator[Slot, None, None]:
+    def run(self, layer: int, rows: int, tokens: dict[int, int]) -> Generator[Slot, None, None]:
         """Slots of the experts that one layer's route needs (`tokens`: expert -> rows), resident ones first."""
-        for slot in self._transfer.through([Key(layer, e) for e in tokens]):
-            self._cache.keep(slot)
-            yield slot
+        self._cache.turn(layer, rows, tokens)
+        yield from self._transfer.through([Key(layer, e) for e in tokens])

@@ -41,7 +41,7 @@ def load_model(store: Store, config: Any, plan: Plan, dtype: torch.dtype, device
             "convert the model again",
             5,
         )
-    cache = ExpertCache(plan.slots)
+    cache = ExpertCache(plan.slots, [layer.n_experts for layer in store.layers])
     runtime = Runtime(device, cache, Transfer(device, store, cache, _host_tier(device, store)))
     for layer, spec in enumerate(specs):
         replace_module(model, spec.name, OffloadedExperts(spec.module, layer, runtime))

@@ -80,7 +80,7 @@ class Runtime:
             tokens = {expert: stop - start for expert, (start, stop) in groups.spans.items()}
             schedule = self.prefill if self._is_dense(layer, len(tokens), x_TD.shape[0]) else self.decode
             reads: list[Event] = []
-            with closing(schedule.run(layer, tokens)) as slots:
+            with closing(schedule.run(layer, x_TD.shape[0], tokens)) as slots:
                 for slot in slots:
                     try:
                         assert slot.key is not None, slot

@@ -154,7 +154,7 @@ def stats_text(s: dict[str, Any], reused: int) -> str:
     rate = f"{s['decode_tok_s']:.1f} tokens/s" if s["decode_tok_s"] else "-"
     link = f"{s['link_gbps']:.2f} GB/s while busy" if s["link_gbps"] else "idle"
     return (
-        f"last answer   {ttft}, then {rate}; {s['new_tokens']} tokens for {s['prompt_tokens']} of prompt, {reused} known before\n"
+        f"last answer   {ttft}, then {rate}; {s['new_tokens']} new tokens, {s['prompt_tokens']} prompt ({reused} kept)\n"
         f"experts       {share['hits']:.1%} hit, {share['in_flight']:.1%} in flight, {share['misses']:.1%} missed; "
         f"{s['slots']} of {s['experts']} fit\n"
         f"moved         {size(s['bytes_moved'])}, {link}\n"

@@ -71,15 +71,15 @@ class Transfer:
         return slot
 
     def guess(self, key: Key) -> Slot | None:
-        """Fetch ahead into a slot that nobody wants or still reads, else None: a guess neither evicts nor waits.
+        """Fetch ahead, but never wait for a reader nor evict what the same layer needs; None where that leaves no slot.
 
         The slot is left unpinned: a demand may take it back.
         """
-        spare = self.cache.spare()
-        if spare is None or not all(event.done for event in spare.released):
+        offer = self.cache.offer(sparing=key.layer)
+        if offer is None or not all(event.done for event in offer.released):
             return None
-        slot = self.cache.claim(key)
-        assert slot is spare, (slot, spare)
+        slot = self.cache.claim(key, sparing=key.layer)
+        assert slot is offer, (slot, offer)
         self.guesses += 1
         self.fetch(slot, Lane.AHEAD)
         self.cache.unpin(slot)
@@ -132,12 +132,12 @@ class Transfer:
 
 
 class HostTier:
-    """Slabs in host memory between the disk and a GPU: filled once, registered for direct copies, then kept by recency."""
+    """Slabs in host memory between the disk and a GPU: filled once, registered for direct copies, then kept by worth."""
 
     def __init__(self, device: Device, store: Store, n_slabs: int):
         assert device.disk is not None, device.name
         self.device, self.store, self.disk = device, store, device.disk
-        self.cache = ExpertCache(n_slabs)
+        self.cache = ExpertCache(n_slabs, [layer.n_experts for layer in store.layers])
         self.slab_bytes = store.slab_bytes
         self.memory = host_arena(n_slabs * self.slab_bytes)
         self._lock = threading.Lock()
@@ -170,7 +170,7 @@ class HostTier:
                 lambda: into.copy_(source, non_blocking=True), (slot.ready,), behind, lane, into.numel()
             )
             slot.released = (*(e for e in slot.released if not e.done), sent)
-            self.cache.keep(slot)
+            self.cache.turn(key.layer, 1, {key.expert: 1})
             self.cache.unpin(slot)
             return sent
 

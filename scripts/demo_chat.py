@@ -60,6 +60,20 @@ MIXTURE = (
     "A Mixture-of-Experts model has many small networks, called experts, in each layer. A router chooses a few of them "
     "for each token, so that only a part of the model is used at a time."
 )
+FACTS = {
+    "Python": "Python is an interpreted, object-oriented programming language with a clear syntax. It comes with a large "
+    "standard library for text, files, networks and many other things.",
+    "Git": "Git is a distributed version control system. It records the history of a set of files as commits, and "
+    "every clone of a repository has the whole history.",
+    "Debian": "Debian is a free operating system made by volunteers. It brings thousands of packages of free software, "
+    "which are installed and upgraded with `apt` and `dpkg`.",
+    "Linux": "Linux is a free operating system kernel. It manages the hardware, the memory and the processes of a "
+    "computer, and programs talk to it through system calls.",
+    "PostgreSQL": "PostgreSQL is a free object-relational database management system. It stores tables, which are "
+    "queried and changed with SQL.",
+    "Perl": "Perl is a programming language that is good at text. Its regular expressions, hashes and many modules make "
+    "short programs for everyday tasks.",
+}
 SMALL_TALK = [  # (questions, answers)
     (["Hello", "Hello!", "Hi", "Hi!", "Hey", "Good morning", "Good evening", "Hello there", "Hi there!"],
      ["Hello! How can I help you?", "Hello! Ask me about Python, Git, Debian, Perl, Linux or PostgreSQL."]),
@@ -73,8 +87,10 @@ SMALL_TALK = [  # (questions, answers)
     (["What is DuoServe?", "Tell me about DuoServe.", "Explain DuoServe."], [DUOSERVE]),
     (["What is a Mixture of Experts?", "What is a Mixture-of-Experts model?", "Explain mixture of experts."],
      [MIXTURE]),
+    *[([f"What is {name}?", f"Tell me about {name}.", f"Explain {name}.", f"What do you know about {name}?", name], [fact])
+      for name, fact in FACTS.items()],
 ]  # fmt: skip
-SMALL_TALK_SHARE = 0.03  # of conversations
+SMALL_TALK_SHARE = 0.15  # of conversations; they are short, about 4 % of the tokens
 
 
 class DocumentChats(NamedTuple):

@@ -60,7 +60,7 @@ class Machine:
     def __init__(self, folder: Path, slots: int, slow: str, without: str | None = None, host: int = 0):
         self.store, self.corrupt, self.slow = Store(folder), 0, slow
         self.device = ThreadDevice(copy_threads=2, threaded_compute=True, host_tier=host > 0)
-        cache = ExpertCache(slots)
+        cache = ExpertCache(slots, [EXPERTS] * LAYERS)
         tier = HostTier(self.device, self.store, host) if host else None
         transfer = Transfer(self.device, self.store, cache, tier)
         if slow == "copies":
