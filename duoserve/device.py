@@ -40,6 +40,10 @@ class Event:
         self._issued.set()
 
     @property
+    def issued(self) -> bool:
+        return self._issued.is_set()
+
+    @property
     def done(self) -> bool:
         return self._issued.is_set() and (self._mark is None or self._mark.query())
 
@@ -82,6 +86,10 @@ class _Job:
     event: Event
     cost: int
 
+    @property
+    def can_start(self) -> bool:
+        return all(event.issued for event in self.after) and all(event.issued for event in self.behind)
+
 
 class InlineStream:
     """Runs work on the submitting thread, in order; on CUDA that is the current stream of that thread."""
@@ -116,12 +124,22 @@ class InlineStream:
 class WorkerStream:
     """Worker threads behind two queues: whatever lies in `DEMAND` overtakes all of `AHEAD`.
 
-    Work of one lane starts in the order of submission; with several threads it may finish in another.
+    A job starts once what it waits for was issued, so no worker blocks on a job that others must finish first: with
+    dependencies that only point back, something can always run. Jobs of one lane start in the order of submission
+    among those that can start; `in_order` streams start nothing before its predecessor.
     """
 
-    def __init__(self, name: str, threads: int = 1, cuda: bool = False):
+    def __init__(
+        self,
+        name: str,
+        threads: int = 1,
+        cuda: bool = False,
+        in_order: bool = False,
+        board: threading.Condition | None = None,
+    ):
         self._lanes: dict[Lane, deque[_Job]] = {lane: deque() for lane in Lane}
-        self._wake = threading.Condition()
+        self._board = board or threading.Condition()  # shared by streams that wait for each other
+        self._in_order = in_order
         self._closed = False
         self._cuda = torch.cuda.Stream() if cuda else None
         self._active = 0
@@ -147,78 +165,83 @@ class WorkerStream:
         What `fn`, or an event of `after`, raises, waiting for the returned event raises. `cost` is bytes or FLOPs.
         """
         job = _Job(fn, tuple(after), tuple(behind), Event(), cost)
-        with self._wake:
+        with self._board:
             if self._closed:
                 raise RuntimeError("the stream is closed: the engine was shut down")
             self._lanes[lane].append(job)
-            self._wake.notify()
+            self._board.notify_all()
         return job.event
 
     def cancel(self, event: Event) -> bool:
         """Take a job that nobody started out of the AHEAD queue; False where it is too late."""
-        with self._wake:
-            for job in self._lanes[Lane.AHEAD]:
-                if job.event is event:
-                    self._lanes[Lane.AHEAD].remove(job)
-                    event.set()
-                    return True
-        return False
+        with self._board:
+            job = self._guess(event)
+            if job is not None:
+                self._lanes[Lane.AHEAD].remove(job)
+                event.set()
+                self._board.notify_all()
+        return job is not None
 
     def promote(self, event: Event) -> None:
         """A guess turned out to be needed: move its job, if still queued, to the DEMAND lane."""
-        with self._wake:
-            for job in self._lanes[Lane.AHEAD]:
-                if job.event is event:
-                    self._lanes[Lane.AHEAD].remove(job)
-                    self._lanes[Lane.DEMAND].append(job)
-                    return
+        with self._board:
+            job = self._guess(event)
+            if job is not None:
+                self._lanes[Lane.AHEAD].remove(job)
+                self._lanes[Lane.DEMAND].append(job)
 
     def close(self) -> None:
-        with self._wake:
+        """Finish what is queued, then end the threads."""
+        with self._board:
             self._closed = True
-            self._wake.notify_all()
+            self._board.notify_all()
         for thread in self._threads:
             thread.join(timeout=5)
 
+    def _guess(self, event: Event) -> _Job | None:
+        return next((job for job in self._lanes[Lane.AHEAD] if job.event is event), None)
+
     def _next(self) -> _Job | None:
-        with self._wake:
+        with self._board:
             while True:
-                for lane in Lane:
-                    if self._lanes[lane]:
-                        return self._lanes[lane].popleft()
-                if self._closed:
+                for queue in self._lanes.values():
+                    for job in list(queue)[: 1 if self._in_order else None]:
+                        if job.can_start:
+                            queue.remove(job)
+                            self._enter()
+                            return job
+                if self._closed and not any(self._lanes.values()):
                     return None
-                self._wake.wait()
+                self._board.wait()
 
     def _work(self) -> None:
         while (job := self._next()) is not None:
+            mark, error = None, None
             try:
                 for event in job.behind:
                     event.order(self._cuda, needed=False)
                 for event in job.after:
                     event.order(self._cuda)
-                self._enter()
-                try:
-                    with torch.cuda.stream(self._cuda) if self._cuda is not None else contextlib.nullcontext():
-                        job.fn()
-                finally:
-                    self._leave(job.cost)
-                job.event.set(mark=self._cuda.record_event() if self._cuda is not None else None)
-            except BaseException as error:  # handed to whoever waits for the event
-                job.event.set(error=error)
+                with torch.cuda.stream(self._cuda) if self._cuda is not None else contextlib.nullcontext():
+                    job.fn()
+                mark = self._cuda.record_event() if self._cuda is not None else None
+            except BaseException as raised:  # handed to whoever waits for the event
+                error = raised
+            with self._board:
+                self._leave(job.cost)
+                job.event.set(mark, error)
+                self._board.notify_all()
 
     def _enter(self) -> None:
-        with self._wake:
-            if self._active == 0:
-                self._busy_since = time.perf_counter()
-            self._active += 1
+        if self._active == 0:
+            self._busy_since = time.perf_counter()
+        self._active += 1
 
     def _leave(self, cost: int) -> None:
-        with self._wake:
-            self._active -= 1
-            self.cost_done += cost
-            if self._active == 0:
-                self.busy_s += time.perf_counter() - self._busy_since
+        self._active -= 1
+        self.cost_done += cost
+        if self._active == 0:
+            self.busy_s += time.perf_counter() - self._busy_since
 
 
 def host_arena(n_bytes: int) -> torch.Tensor:
@@ -239,9 +262,12 @@ class ThreadDevice:
     torch_device = torch.device("cpu")
 
     def __init__(self, copy_threads: int = 2, threaded_compute: bool = False, host_tier: bool = False):
-        self.compute: InlineStream | WorkerStream = WorkerStream("compute") if threaded_compute else InlineStream()
-        self.copy = WorkerStream("copy", copy_threads)
-        self.disk = WorkerStream("disk", copy_threads) if host_tier else None
+        board = threading.Condition()
+        self.compute: InlineStream | WorkerStream = InlineStream()
+        if threaded_compute:
+            self.compute = WorkerStream("compute", in_order=True, board=board)
+        self.copy = WorkerStream("copy", copy_threads, board=board)
+        self.disk = WorkerStream("disk", copy_threads, board=board) if host_tier else None
 
     def arena(self, n_bytes: int) -> torch.Tensor:
         return host_arena(n_bytes)
@@ -277,8 +303,9 @@ class CudaDevice:
             raise Refusal("E_DEVICE", "no CUDA GPU can be used here (0 found)", "run with --device cpu", 7)
         self.torch_device = torch.device("cuda", torch.cuda.current_device())
         self.compute = InlineStream(cuda=True)
-        self.copy = WorkerStream("copy", copy_threads, cuda=True)
-        self.disk: WorkerStream | None = WorkerStream("disk", copy_threads)
+        board = threading.Condition()
+        self.copy = WorkerStream("copy", copy_threads, cuda=True, board=board)
+        self.disk: WorkerStream | None = WorkerStream("disk", copy_threads, board=board)
         self._warned = False
 
     def arena(self, n_bytes: int) -> torch.Tensor:

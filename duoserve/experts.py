@@ -21,7 +21,7 @@ class Groups(NamedTuple):
     """The (token, choice) pairs of one layer, sorted by expert. P = T * K pairs, those that chose no expert last."""
 
     x_PD: torch.Tensor
-    order_P: torch.Tensor | None  # pair index of each sorted row; None where sorting changed nothing
+    order_P: torch.Tensor | None  # pair index of each row; None where rows are pairs, as of a single token
     spans: dict[int, tuple[int, int]]  # expert -> rows [start, stop)
     out_PD: torch.Tensor
 
@@ -29,14 +29,29 @@ class Groups(NamedTuple):
 def group(x_TD: torch.Tensor, ids_TK: torch.Tensor, n_experts: int) -> Groups:
     """Gather the rows of each expert; `ids_TK` on the host, an id of `n_experts` means no expert."""
     t, k = ids_TK.shape
-    flat = ids_TK.reshape(-1)
-    ids, order = torch.sort(flat, stable=True)
+    if t == 1 and (spans := _token_spans(ids_TK[0].tolist(), n_experts)) is not None:
+        return Groups(x_TD.expand(k, -1), None, spans, _room(x_TD, k, len(spans) == k))
+    ids, order = torch.sort(ids_TK.reshape(-1), stable=True)
     spans = _spans(ids, n_experts)
-    rows = max((stop for _, stop in spans.values()), default=0)
     order_P = order.to(x_TD.device)
-    x_PD = x_TD[order_P // k] if t > 1 else x_TD.expand(k, -1)
-    out_PD = x_TD.new_empty(t * k, x_TD.shape[1]) if rows == t * k else x_TD.new_zeros(t * k, x_TD.shape[1])
-    return Groups(x_PD, order_P, spans, out_PD)
+    rows = max((stop for _, stop in spans.values()), default=0)
+    return Groups(x_TD[order_P // k], order_P, spans, _room(x_TD, t * k, rows == t * k))
+
+
+def combine(groups: Groups, weights_TK: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Weigh and sum each token's K contributions in the router's order: y_TD."""
+    t, k = weights_TK.shape
+    out_PD = groups.out_PD
+    if groups.order_P is not None:
+        out_PD = torch.empty_like(groups.out_PD)
+        out_PD[groups.order_P] = groups.out_PD
+    return (out_PD.view(t, k, -1) * weights_TK[:, :, None]).sum(dim=1).to(dtype)
+
+
+def _token_spans(ids: list[int], n_experts: int) -> dict[int, tuple[int, int]] | None:
+    """One token's choices as they stand: no sorting needed, unless an expert was chosen twice."""
+    spans = {e: (i, i + 1) for i, e in enumerate(ids) if e < n_experts}
+    return spans if len(spans) == sum(e < n_experts for e in ids) else None
 
 
 def _spans(ids: torch.Tensor, n_experts: int) -> dict[int, tuple[int, int]]:
@@ -49,12 +64,9 @@ def _spans(ids: torch.Tensor, n_experts: int) -> dict[int, tuple[int, int]]:
     return spans
 
 
-def combine(groups: Groups, weights_TK: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Weigh and sum each token's K contributions in the router's order: y_TD."""
-    t, k = weights_TK.shape
-    out_PD = torch.empty_like(groups.out_PD)
-    out_PD[groups.order_P] = groups.out_PD
-    return (out_PD.view(t, k, -1) * weights_TK[:, :, None]).sum(dim=1).to(dtype)
+def _room(x_TD: torch.Tensor, rows: int, all_written: bool) -> torch.Tensor:
+    shape = (rows, x_TD.shape[1])
+    return x_TD.new_empty(shape) if all_written else x_TD.new_zeros(shape)
 
 
 def expert_function(module: Any) -> Callable[[torch.Tensor, Weights], torch.Tensor]:

@@ -78,7 +78,7 @@ def test_any_family_behind_the_experts_interface_equals_stock(toy: Any, load: An
         tokens = stock.generate(input_ids=ids[:1], **GREEDY)
         tokens_padded = stock.generate(input_ids=padded, attention_mask=mask, **GREEDY)
     for budget in BUDGETS:
-        engine = load(folder, budget=budget, dtype="float32")
+        engine = load(folder, budget=budget, dtype="float32", ctx=1024)
         with torch.inference_mode():
             assert _relative(engine.model(ids).logits, want) <= 1e-5
             assert _relative(engine.model(padded, attention_mask=mask).logits[mask.bool()], want_padded) <= 1e-5

@@ -1,0 +1,113 @@
+"""Streams: lanes, dependencies, failures. The machine's contract, on threads."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+
+from duoserve.core import Lane
+from duoserve.device import DONE, Event, ThreadDevice, WorkerStream, available_ram, host_arena
+
+
+@pytest.fixture
+def stream() -> Any:
+    stream = WorkerStream("test")
+    yield stream
+    stream.close()
+
+
+def held(stream: WorkerStream) -> tuple[threading.Event, Event]:
+    """Occupy the only worker until the returned event is set."""
+    started, gate = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        started.set()
+        gate.wait(10)
+
+    event = stream.submit(wait)
+    assert started.wait(10)
+    return gate, event
+
+
+def test_demand_overtakes_every_guess(stream: WorkerStream) -> None:
+    gate, _ = held(stream)
+    order: list[str] = []
+    guesses = [stream.submit(lambda i=i: order.append(f"guess {i}"), lane=Lane.AHEAD) for i in range(3)]
+    stream.submit(lambda: order.append("need"))
+    gate.set()
+    guesses[-1].wait()
+    assert order == ["need", "guess 0", "guess 1", "guess 2"]
+
+
+def test_a_promoted_guess_is_a_need_and_a_cancelled_one_is_nothing(stream: WorkerStream) -> None:
+    gate, _ = held(stream)
+    order: list[int] = []
+    guesses = [stream.submit(lambda i=i: order.append(i), lane=Lane.AHEAD) for i in range(4)]
+    stream.promote(guesses[3])
+    assert stream.cancel(guesses[1]) and not stream.cancel(guesses[3])
+    gate.set()
+    guesses[2].wait()
+    assert order == [3, 0, 2] and guesses[1].done
+
+
+def test_work_waits_for_other_streams(stream: WorkerStream) -> None:
+    other = WorkerStream("other", board=stream._board)
+    gate, first = held(other)
+    order: list[str] = []
+    last = stream.submit(lambda: order.append("after"), after=[first])
+    stream.submit(lambda: order.append("free")).wait()
+    assert order == ["free"], "a job that cannot start holds up nobody"
+    gate.set()
+    last.wait()
+    assert order == ["free", "after"]
+    other.close()
+
+
+def test_failure_reaches_who_needs_it_and_not_who_only_follows(stream: WorkerStream) -> None:
+    def fail() -> None:
+        raise OSError("no")
+
+    broken = stream.submit(fail)
+    needs = stream.submit(lambda: None, after=[broken])
+    follows = stream.submit(lambda: None, behind=[broken])
+    follows.wait()
+    for event in (broken, needs):
+        with pytest.raises(OSError, match="no"):
+            event.wait()
+
+
+def test_busy_seconds_count_overlapping_work_once() -> None:
+    stream = WorkerStream("pair", threads=2)
+    gates = threading.Barrier(2)
+    for event in [stream.submit(lambda: gates.wait(10), cost=5) for _ in range(2)]:
+        event.wait()
+    stream.close()
+    assert stream.cost_done == 10 and stream.busy_s > 0 and stream._active == 0
+
+
+def test_a_closed_stream_refuses_work() -> None:
+    stream = WorkerStream("closed")
+    stream.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        stream.submit(lambda: None)
+
+
+def test_inline_work_is_done_when_submitted() -> None:
+    device = ThreadDevice()
+    seen: list[int] = []
+    assert device.compute.submit(lambda: seen.append(1)) is DONE and seen == [1]
+    device.close()
+
+
+def test_host_arenas_start_on_a_page() -> None:
+    arena = host_arena(10_000)
+    assert arena.data_ptr() % 4096 == 0 and arena.numel() == 10_000 and arena.dtype == torch.uint8
+
+
+def test_available_ram_is_some_of_this_machine() -> None:
+    with open("/proc/meminfo") as lines:
+        total = int(lines.readline().split()[1]) * 1024
+    assert 0 < available_ram() <= total
