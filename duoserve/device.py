@@ -248,7 +248,10 @@ def host_arena(n_bytes: int) -> torch.Tensor:
     """Page-aligned host memory as a flat uint8 tensor, taken once and untouched until used."""
     if n_bytes == 0:
         return torch.empty(0, dtype=torch.uint8)
-    return torch.frombuffer(mmap.mmap(-1, n_bytes), dtype=torch.uint8)
+    memory = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared memory gets no large pages
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 class ThreadDevice:
