@@ -28,6 +28,7 @@ DEMO = Path(__file__).parent / "demo"
 DEFAULT_NEW_TOKENS = 512
 CPU_MARGIN, GPU_MARGIN = (4 << 30, 0.10), (1 << 30, 0.05)  # left free where no budget is given: at least bytes, share
 
+_OBJECTS = {"logits_processor", "generation_config", "assistant_model", "past_key_values"}
 Prompt = str | Sequence[dict[str, str]]
 __all__ = ["Answer", "Engine", "load"]
 
@@ -128,35 +129,19 @@ class Engine:
             with torch.inference_mode(), self._turn:
                 return self.model.generate(**options)
         ids_1S = self.encode(prompt)
-        room = self.plan.ctx - ids_1S.shape[1]
-        if room < 1:
-            raise Refusal(
-                "E_CTX",
-                f"the prompt has {ids_1S.shape[1]} tokens, the context {self.plan.ctx}",
-                "shorten it, or load with a larger --ctx",
-                4,
-            )
-        asked = options.pop("max_new_tokens", None)
-        _check_options(options)
-        limit = min(room, asked if asked is not None else DEFAULT_NEW_TOKENS)
+        limit = self._room(ids_1S.shape[1], options.pop("max_new_tokens", None))
         meter = _Meter(self._text_tokenizer(), on_text)
-        stop = transformers.StoppingCriteriaList([_Cancel(cancelled)]) if cancelled else None
+        options = self._generation(options, meter, cancelled)
         with torch.inference_mode(), self._turn, self.runtime.following(on_layer, cancelled):
             meter.start()
             try:
                 out = self.model.generate(
-                    input_ids=ids_1S,
-                    attention_mask=torch.ones_like(ids_1S),
-                    max_new_tokens=limit,
-                    streamer=meter,
-                    stopping_criteria=stop,
-                    **({"pad_token_id": self._pad()} | options),
+                    input_ids=ids_1S, attention_mask=torch.ones_like(ids_1S), max_new_tokens=limit, **options
                 )
             except Cancelled:
                 out = ids_1S
-        self._last = self._answer(
-            meter, ids_1S.shape[1], out[0, ids_1S.shape[1] :], limit, bool(cancelled and cancelled())
-        )
+        was_cancelled = bool(cancelled and cancelled())
+        self._last = self._answer(meter, ids_1S.shape[1], out[0, ids_1S.shape[1] :], limit, was_cancelled)
         return self._last
 
     def stream(self, prompt: Prompt, **options: Any) -> Iterator[str]:
@@ -239,7 +224,8 @@ class Engine:
         }
 
     def close(self) -> None:
-        """Stop the worker threads and close the store's files; the engine cannot be used afterwards."""
+        """Stop the worker threads and close the store's files; what is asked of the model afterwards raises RuntimeError."""
+        self.runtime.close()
         self.device.close()
         self.store.close()
 
@@ -255,6 +241,32 @@ class Engine:
                 "E_TOKENIZER", f"{self.store.folder} has 0 tokenizer files", "pass input_ids, or add the tokenizer", 3
             )
         return self.tokenizer
+
+    def _room(self, prompt_tokens: int, asked: int | None) -> int:
+        """How many tokens may be made: as many as asked, or as fit."""
+        room = self.plan.ctx - prompt_tokens
+        if room < 1:
+            raise Refusal(
+                "E_CTX",
+                f"the prompt has {prompt_tokens} tokens, the context {self.plan.ctx}",
+                "shorten it, or load with a larger --ctx",
+                4,
+            )
+        return min(room, DEFAULT_NEW_TOKENS if asked is None else asked)
+
+    def _generation(
+        self, options: dict[str, Any], meter: _Meter, cancelled: Callable[[], bool] | None
+    ) -> dict[str, Any]:
+        """The user's options for transformers' generate, checked, with what we add to them."""
+        _check_options(options)
+        added: dict[str, Any] = {"pad_token_id": self._pad()}
+        if options.get("num_beams", 1) == 1:
+            added["streamer"] = meter  # beams have no text until the end
+        if "stop_strings" in options:
+            added["tokenizer"] = self.tokenizer
+        if cancelled:
+            added["stopping_criteria"] = transformers.StoppingCriteriaList([_Cancel(cancelled)])
+        return added | options
 
     def _pad(self) -> int | None:
         config = self.model.generation_config
@@ -316,15 +328,15 @@ class _Cancel(transformers.StoppingCriteria):
 
 
 def _check_options(options: dict[str, Any]) -> None:
-    known = set(transformers.GenerationConfig().to_dict()) | {
-        "logits_processor",
-        "generation_config",
-        "assistant_model",
-        "past_key_values",
-    }
+    known = set(transformers.GenerationConfig().to_dict()) | _OBJECTS
     for name in options:
         if name not in known:
             raise Refusal("E_OPTION", f"unknown generation option {name!r}", nearest(name, sorted(known)))
+    if options.get("num_return_sequences", 1) != 1:
+        n = options["num_return_sequences"]
+        raise Refusal(
+            "E_OPTION", f"num_return_sequences={n}, an Answer holds 1", "call generate(input_ids=...) for tensors"
+        )
 
 
 def cache_dir(asked: str | None = None) -> Path:

@@ -40,6 +40,12 @@ class Runtime:
         self._on_layer: Callable[[int, int], None] | None = None
         self._cancelled: Callable[[], bool] | None = None
         self._lock = threading.RLock()
+        self._closed = False
+
+    def close(self) -> None:
+        """Refuse further passes; one that is running ends first."""
+        with self._lock:
+            self._closed = True
 
     @contextmanager
     def following(
@@ -73,6 +79,8 @@ class Runtime:
     ) -> torch.Tensor:
         """y_TD of one layer's routed experts; safe to call from several threads, one layer at a time."""
         with self._lock:
+            if self._closed:
+                raise RuntimeError("the engine is closed")
             self._follow(layer)
             ids = self.device.read(ids_TK)
             self._note(layer, ids, weights_TK)

@@ -120,18 +120,10 @@ def make_plan(
     floor = options.ctx or min(FLOOR_CTX, sizes.limit or FLOOR_CTX)
     fixed = sizes.trunk_bytes + sizes.kv_bytes(floor)
     smallest = fixed + min(MIN_SLOTS, store.n_experts) * store.slab_bytes
-    budget = _budget_bytes(
-        options.budget if options.budget is not None else default, store, smallest, fixed, free_bytes
-    )
+    asked = options.budget if options.budget is not None else default
+    budget = _budget_bytes(asked, store, smallest, fixed, free_bytes)
     if budget < smallest:
-        raise Refusal(
-            "E_BUDGET",
-            f"a budget of {size(budget)} ({budget:,} bytes) cannot hold trunk {size(sizes.trunk_bytes)}, keys and "
-            f"values of {floor} tokens {size(sizes.kv_bytes(floor))} and {MIN_SLOTS} slots of {size(store.slab_bytes)}; the "
-            f"smallest is {size(smallest)} ({smallest:,} bytes)",
-            "raise --budget, lower --ctx, or say --budget min",
-            4,
-        )
+        raise _too_small(budget, smallest, sizes, floor, store)
     slots = min(store.n_experts, (budget - fixed) // store.slab_bytes)
     ctx = floor
     if options.ctx is None and slots == store.n_experts:
@@ -148,6 +140,20 @@ def make_plan(
         smallest_bytes=smallest,
         kv_state_bytes=sizes.kv_bytes(1) - token,
         kv_token_bytes=token,
+    )
+
+
+def _too_small(budget: int, smallest: int, sizes: Sizes, ctx: int, store: StoreSize) -> Refusal:
+    parts = (
+        f"trunk {size(sizes.trunk_bytes)}, keys and values of {ctx} tokens {size(sizes.kv_bytes(ctx))} "
+        f"and {MIN_SLOTS} slots of {size(store.slab_bytes)}"
+    )
+    return Refusal(
+        "E_BUDGET",
+        f"a budget of {size(budget)} ({budget:,} bytes) cannot hold {parts}; the smallest is {size(smallest)} "
+        f"({smallest:,} bytes)",
+        "raise --budget, lower --ctx, or say --budget min",
+        4,
     )
 
 

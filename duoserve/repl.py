@@ -56,9 +56,9 @@ def run(engine: Engine, system: str | None, settings: dict[str, Any], as_json: b
     """Read, answer, repeat, until end of input or /quit."""
     chat, last = Conversation(engine, system), None
     terminal = sys.stdin.isatty()
+    print(banner(engine), file=sys.stdout if terminal else sys.stderr)
     if terminal:
         _history()
-        print(banner(engine))
     for line in _lines(terminal):
         if not line.startswith("/"):
             last = _guarded(lambda line=line: _stream(chat, line, settings)) or last

@@ -71,6 +71,22 @@ def test_refusals_name_the_numbers(engine: Any) -> None:
         engine.generate("A list", temprature=1.0)
 
 
+def test_beams_and_stop_strings_work_and_several_answers_are_refused(engine: Any) -> None:
+    assert engine.generate("A list is", num_beams=2, **GREEDY).new_tokens > 0
+    text = engine.generate("A list is", **GREEDY).text
+    stopped = engine.generate("A list is", stop_strings=[text[2:5]], **GREEDY)
+    assert stopped.new_tokens < 12 and text[2:5] in stopped.text and stopped.finish == "stop"
+    with pytest.raises(Refusal, match="num_return_sequences=2"):
+        engine.generate("A list is", num_return_sequences=2, **GREEDY)
+
+
+def test_a_closed_engine_says_so(toy: Any, load: Any) -> None:
+    engine = load(toy("mixtral"))
+    engine.close()
+    with pytest.raises(RuntimeError, match="engine is closed"):
+        engine.model(toys.ids())
+
+
 def test_stats_are_json_and_add_up(engine: Any) -> None:
     before = engine.stats()
     answer = engine.generate("The interpreter", **GREEDY)
