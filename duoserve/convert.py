@@ -21,10 +21,12 @@ from duoserve.config import FORMATS
 from duoserve.core import Refusal, nearest
 from duoserve.store import (
     ALIGN,
+    LOCK,
     TRUNK,
     Entry,
     LayerFile,
     StoreSize,
+    exclusive,
     is_store,
     replacing,
     write_manifest,
@@ -94,10 +96,16 @@ def convert(
 
 
 def write_store(conversion: Conversion, out: Path, progress: Progress | None = None) -> Path:
-    """Carry a conversion out; see `convert`."""
+    """Carry a conversion out; see `convert`. Where another process makes the same store, wait for it and take it."""
+    out.mkdir(parents=True, exist_ok=True)
+    with exclusive(out, lambda what: progress(0, conversion.slab_bytes, what) if progress else None):
+        if _prepare(out, conversion.job(), _store_bytes(conversion)):
+            _write(conversion, out, progress)
+    return out
+
+
+def _write(conversion: Conversion, out: Path, progress: Progress | None) -> None:
     checkpoint, layouts = conversion.checkpoint, conversion.layouts
-    if not _prepare(out, conversion.job(), _store_bytes(conversion)):
-        return out
     unique, layers, done = list(dict.fromkeys(layouts)), [], 0
     for i, (spec, layout) in enumerate(zip(checkpoint.specs, layouts, strict=True)):
         path = out / f"experts-{i:03d}.safetensors"
@@ -119,7 +127,6 @@ def write_store(conversion: Conversion, out: Path, progress: Progress | None = N
     }
     write_manifest(out, conversion.job() | about)
     (out / JOB).unlink(missing_ok=True)
-    return out
 
 
 class _Report(NamedTuple):
@@ -185,10 +192,10 @@ def _store_bytes(conversion: Conversion) -> int:
 
 def _prepare(out: Path, job: dict[str, Any], need: int) -> bool:
     """Make `out` ready to be written; False where it already holds just this store."""
-    out.mkdir(parents=True, exist_ok=True)
     if is_store(out):
         have = json.loads((out / "manifest.json").read_text())
         if all(have.get(name) == value for name, value in job.items()):
+            (out / JOB).unlink(missing_ok=True)
             return False
         raise Refusal(
             "E_EXISTS",
@@ -196,8 +203,10 @@ def _prepare(out: Path, job: dict[str, Any], need: int) -> bool:
             f"{job['format']} of {job['fingerprint'][:8]})",
             "give an empty folder",
         )
+    for stray in out.glob(".*.tmp"):
+        stray.unlink()
     started = json.loads((out / JOB).read_text()) if (out / JOB).is_file() else None
-    if started != job and any(out.iterdir()):
+    if started != job and any(file.name != LOCK for file in out.iterdir()):
         raise Refusal("E_EXISTS", f"{out} is not empty and holds no part of this store", "give an empty folder")
     have = sum(file.stat().st_size for file in out.iterdir())
     free = shutil.disk_usage(out).free
@@ -208,8 +217,6 @@ def _prepare(out: Path, job: dict[str, Any], need: int) -> bool:
             "free some, or give a folder on another disk",
             6,
         )
-    for stray in out.glob(".*.tmp"):
-        stray.unlink()
     with replacing(out / JOB) as stream:
         stream.write(json.dumps(job).encode())
     return True

@@ -12,6 +12,7 @@ a folder without one is no store.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -25,7 +26,7 @@ from duoserve.codec import Layout, int4_order
 from duoserve.core import Key, Refusal
 
 KIND, VERSION = "duoserve-expert-store", 1
-MANIFEST, TRUNK = "manifest.json", "trunk.safetensors"
+MANIFEST, TRUNK, LOCK = "manifest.json", "trunk.safetensors", ".lock"
 ALIGN = 4096
 MAX_MANIFEST = 64 << 20
 
@@ -204,6 +205,37 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+@contextlib.contextmanager
+def exclusive(folder: Path, waiting: Callable[[str], None]) -> Iterator[None]:
+    """Be the only process at work on `folder`; the kernel frees the lock of a process that died.
+
+    `waiting` is told of the process that has it, if any, before this one waits.
+    """
+    path = folder / LOCK
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            _take(file, waiting)
+            if path.exists() and os.fstat(file).st_ino == path.stat().st_ino:
+                os.truncate(file, 0)
+                os.pwrite(file, str(os.getpid()).encode(), 0)
+                try:
+                    yield
+                finally:
+                    path.unlink(missing_ok=True)
+                return
+        finally:  # also where the former owner took the file away while we waited: then once more
+            os.close(file)
+
+
+def _take(file: int, waiting: Callable[[str], None]) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        waiting(f"waiting for process {os.pread(file, 32, 0).decode() or '?'}, which makes the same store")
+        fcntl.flock(file, fcntl.LOCK_EX)
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
