@@ -109,6 +109,25 @@ def convert(
     print(f"{folder}: {format} expert store, {size(total)}")
 
 
+@app.command()
+def verify(store: Annotated[Path, typer.Argument(help="Folder of an expert store.")]) -> None:
+    """Read every byte of an expert store and name whatever is not as it was written."""
+    from duoserve.store import Store, is_store
+
+    if not is_store(store):
+        raise Refusal("E_STORE", f"{store} has no manifest", "give the folder of an expert store", 3)
+    opened = Store(store)
+    problems = list(opened.verify())
+    for problem in problems:
+        print(problem)
+    if problems:
+        n = len(problems)
+        raise Refusal(
+            "E_CORRUPT", f"{n} of the store's parts are not as written, named above", "convert the model again", 5
+        )
+    print(f"{store}: {opened.n_experts} experts and {len(opened.files)} files as written")
+
+
 @contextmanager
 def _engine(model: str | None, options: dict[str, Any]) -> Iterator[Engine]:
     from duoserve.config import EngineConfig

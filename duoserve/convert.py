@@ -27,8 +27,11 @@ from duoserve.store import (
     LayerFile,
     StoreSize,
     exclusive,
+    file_checksum,
+    header_checksum,
     is_store,
     replacing,
+    slab_checksums,
     write_manifest,
     write_safetensors,
 )
@@ -111,7 +114,17 @@ def _write(conversion: Conversion, out: Path, progress: Progress | None) -> None
         path = out / f"experts-{i:03d}.safetensors"
         report = _Report(progress, done, conversion.slab_bytes, f"layer {i + 1} of {len(layouts)}", layout.slab_bytes)
         start = _write_layer(path, checkpoint, spec, layout, report)
-        layers.append(LayerFile(spec.name, path.name, spec.n_experts, unique.index(layout), start))
+        layers.append(
+            LayerFile(
+                module=spec.name,
+                file=path.name,
+                n_experts=spec.n_experts,
+                layout=unique.index(layout),
+                data_offset=start,
+                header_crc32=header_checksum(path, start),
+                crc32=tuple(slab_checksums(path, start, spec.n_experts)),
+            )
+        )
         done += layout.slab_bytes * spec.n_experts
     _write_trunk(out / TRUNK, checkpoint)
     for file in checkpoint.side_files():
@@ -124,6 +137,7 @@ def _write(conversion: Conversion, out: Path, progress: Progress | None) -> None
         "ignored": checkpoint.ignored,
         "layouts": [layout.to_json() for layout in unique],
         "layers": [asdict(layer) for layer in layers],
+        "files": {name: file_checksum(out / name) for name in (TRUNK, *(f.name for f in checkpoint.side_files()))},
     }
     write_manifest(out, conversion.job() | about)
     (out / JOB).unlink(missing_ok=True)

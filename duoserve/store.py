@@ -3,7 +3,7 @@
 Knows files, offsets and lengths; knows nothing of slots, devices or how slabs are multiplied. The manifest is written last:
 a folder without one is no store.
 
-    manifest.json            format, fingerprint, layouts, layers
+    manifest.json            format, fingerprint, layouts, layers; a checksum of every slab, header, file and of itself
     experts-000.safetensors  header padded to 4096, then slab 0, slab 1, ... (one uint8 tensor `experts`, (E, slab_bytes))
     trunk.safetensors        every other tensor of the checkpoint, under the checkpoint's names
     config.json, tokenizer   as the checkpoint has them
@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +42,8 @@ class LayerFile:
     n_experts: int
     layout: int
     data_offset: int
+    header_crc32: int
+    crc32: tuple[int, ...]  # of each slab
 
 
 class StoreSize(NamedTuple):
@@ -62,7 +66,8 @@ class Store:
             self.dtype: str = data["dtype"]
             self.bf16_bytes: int = int(data["bf16_bytes"])
             self.layouts = [Layout.from_json(item) for item in data["layouts"]]
-            self.layers = [LayerFile(**item) for item in data["layers"]]
+            self.layers = [LayerFile(**item | {"crc32": tuple(item["crc32"])}) for item in data["layers"]]
+            self.files: dict[str, dict[str, Any]] = data["files"]
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, Refusal):
                 raise
@@ -77,6 +82,7 @@ class Store:
                 5,
             )
         self._fds = [self._open(layer) for layer in self.layers]
+        self._seen = [bytearray(layer.n_experts) for layer in self.layers]
 
     @property
     def trunk(self) -> Path:
@@ -102,7 +108,8 @@ class Store:
     def read_into(self, key: Key, buffer: torch.Tensor) -> None:
         """Fill `buffer` (at least slab_bytes, uint8, page-aligned, on the host) with one slab, past the page cache.
 
-        Raises OSError where the file ends early or the disk fails.
+        A slab is checked when it is first read. Raises OSError where the file ends early or the disk fails, Refusal
+        where the bytes are not those that were written.
         """
         layer = self.layers[key.layer]
         length = self.layout(key.layer).slab_bytes
@@ -115,6 +122,36 @@ class Store:
                 at = f"{self.folder / layer.file} ended at byte {offset + done}"
                 raise OSError(f"{at}, expert {key.expert} needs {length - done} more")
             done += n
+        if not self._seen[key.layer][key.expert]:
+            self._check(layer, key.expert, zlib.crc32(view))
+            self._seen[key.layer][key.expert] = 1
+
+    def verify(self) -> Iterator[str]:
+        """Read every byte; yields a line for each file or slab that is not as it was written, and for each stray file."""
+        for layer in self.layers:
+            found = slab_checksums(self.folder / layer.file, layer.data_offset, layer.n_experts)
+            for e, (got, want) in enumerate(zip(found, layer.crc32, strict=True)):
+                if got != want:
+                    yield f"{layer.file}: expert {e} has checksum {got:08x}, written was {want:08x}"
+        for name, written in self.files.items():
+            path = self.folder / name
+            found_now = file_checksum(path) if path.is_file() else {"bytes": 0, "sha256": "missing"}
+            if found_now != written:
+                yield f"{name}: {_short(found_now)}, written was {_short(written)}"
+        known = {MANIFEST, LOCK, *self.files, *(layer.file for layer in self.layers)}
+        for file in sorted(self.folder.iterdir()):
+            if file.name not in known:
+                yield f"{file.name}: no part of this store"
+
+    def _check(self, layer: LayerFile, expert: int, got: int) -> None:
+        if got != layer.crc32[expert]:
+            what = f"expert {expert} in {self.folder / layer.file}"
+            raise Refusal(
+                "E_CORRUPT",
+                f"{what} has checksum {got:08x}, written was {layer.crc32[expert]:08x}",
+                "check the disk, then convert the model again",
+                5,
+            )
 
     def close(self) -> None:
         for fd in self._fds:
@@ -133,6 +170,13 @@ class Store:
             raise Refusal(
                 "E_STORE", f"{path} has {max(have, 0)} bytes, the manifest says {need}", "convert the model again", 5
             )
+        if (got := header_checksum(path, layer.data_offset)) != layer.header_crc32:
+            raise Refusal(
+                "E_CORRUPT",
+                f"the header of {path} has checksum {got:08x}, written was {layer.header_crc32:08x}",
+                "convert the model again",
+                5,
+            )
         return open_direct(path)
 
 
@@ -149,8 +193,47 @@ def is_store(folder: Path) -> bool:
 
 
 def write_manifest(folder: Path, data: dict[str, Any]) -> None:
+    data = {"kind": KIND, "version": VERSION} | data
     with replacing(folder / MANIFEST) as stream:
-        stream.write(json.dumps({"kind": KIND, "version": VERSION} | data, indent=1).encode())
+        stream.write(json.dumps(data | {"sha256": _digest(data)}, indent=1).encode())
+
+
+def slab_checksums(path: Path, data_offset: int, n_experts: int) -> list[int]:
+    """CRC-32 of each slab of a layer's file, from the file itself."""
+    slab_bytes = (path.stat().st_size - data_offset) // n_experts
+    with open(path, "rb") as file:
+        file.seek(data_offset)
+        return [_crc(file, slab_bytes) for _ in range(n_experts)]
+
+
+def header_checksum(path: Path, data_offset: int) -> int:
+    """CRC-32 of what lies before the first slab."""
+    with open(path, "rb") as file:
+        return zlib.crc32(file.read(data_offset))
+
+
+def file_checksum(path: Path) -> dict[str, Any]:
+    """Length and SHA-256 of a file, as the manifest keeps them."""
+    with open(path, "rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _short(checksum: dict[str, Any]) -> str:
+    return f"{checksum['bytes']} bytes with sha256 {checksum['sha256'][:12]}"
+
+
+def _crc(file: BinaryIO, n_bytes: int) -> int:
+    crc = 0
+    while n_bytes:
+        piece = file.read(min(n_bytes, 1 << 20))
+        if not piece:
+            break
+        crc, n_bytes = zlib.crc32(piece, crc), n_bytes - len(piece)
+    return crc
+
+
+def _digest(data: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
 class Entry:
@@ -262,4 +345,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
             "convert the model again",
             5,
         )
+    digest = data.pop("sha256", None)
+    if digest != _digest(data):
+        raise Refusal("E_CORRUPT", f"{path} is not as it was written (sha256 differs)", "convert the model again", 5)
     return data

@@ -21,7 +21,7 @@ from duoserve.codec import Layout, Param
 from duoserve.core import Key, Phase, Step
 from duoserve.device import DONE, ThreadDevice
 from duoserve.moe import Runtime
-from duoserve.store import Entry, Store, write_manifest, write_safetensors
+from duoserve.store import Entry, Store, header_checksum, slab_checksums, write_manifest, write_safetensors
 from duoserve.transfer import HostTier, Transfer
 
 LAYERS, EXPERTS, WIDTH = 3, 8, 64
@@ -46,11 +46,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     layers = []
     for i in range(LAYERS):
         entry = Entry("experts", "U8", (EXPERTS, layout.slab_bytes), lambda i=i: slabs(i))
-        start = write_safetensors(folder / f"experts-{i:03d}.safetensors", [entry])
+        path = folder / f"experts-{i:03d}.safetensors"
+        start = write_safetensors(path, [entry])
         layers.append({"module": f"layers.{i}", "file": f"experts-{i:03d}.safetensors", "n_experts": EXPERTS,
-                       "layout": 0, "data_offset": start})  # fmt: skip
+                       "layout": 0, "data_offset": start, "header_crc32": header_checksum(path, start),
+                       "crc32": slab_checksums(path, start, EXPERTS)})  # fmt: skip
     write_manifest(folder, {"format": "bf16", "fingerprint": "0", "dtype": "float32", "bf16_bytes": 0,
-                            "layouts": [layout.to_json()], "layers": layers})  # fmt: skip
+                            "layouts": [layout.to_json()], "layers": layers, "files": {}})  # fmt: skip
     return folder
 
 
