@@ -30,7 +30,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from duoserve.core import Refusal
 
-_SIDE_FILES = re.compile(
+SIDE_FILES = re.compile(
     r"(config|generation_config|tokenizer.*|special_tokens_map|added_tokens|vocab|merges|chat_template.*)"
     r"\.(json|jinja|txt|model)|chat_template\.jinja|tokenizer\.model|.*\.tiktoken"
 )
@@ -66,7 +66,9 @@ def resolve(model: str | os.PathLike[str]) -> Path:
     try:
         return Path(
             huggingface_hub.snapshot_download(
-                name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
+                name,
+                allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken"],
+                ignore_patterns=["*/*", "consolidated*"],  # the same weights once more, in other layouts
             )
         )
     except Exception as error:  # the hub's many ways to say no, in one line
@@ -90,6 +92,10 @@ def read_config(folder: Path) -> Any:
         raw = json.loads(path.read_text())
     except (ValueError, UnicodeDecodeError) as error:
         raise Refusal("E_CONFIG", f"{path} is not JSON ({error})", "fetch the checkpoint again", 5) from error
+    if not isinstance(raw, dict):
+        raise Refusal(
+            "E_CONFIG", f"{path} holds a {type(raw).__name__}, not an object", "fetch the checkpoint again", 5
+        )
     if "auto_map" in raw:
         raise Refusal(
             "E_REMOTE_CODE",
@@ -241,7 +247,7 @@ class Checkpoint:
 
     def side_files(self) -> list[Path]:
         """Config, generation config, tokenizer and chat template."""
-        return [p for p in sorted(self.folder.iterdir()) if p.is_file() and _SIDE_FILES.fullmatch(p.name)]
+        return [p for p in sorted(self.folder.iterdir()) if p.is_file() and SIDE_FILES.fullmatch(p.name)]
 
     def trunk(self) -> Iterator[tuple[str, str, tuple[int, ...]]]:
         """Name, safetensors dtype and shape of each checkpoint tensor that is no routed expert and that the model uses."""
@@ -255,15 +261,16 @@ class Checkpoint:
     def total_parameters(self) -> int:
         return sum(p.numel() for p in self.model.parameters())
 
-    def expert(self, spec: ExpertsSpec, param: str, e: int) -> torch.Tensor:
-        """One expert's share of one parameter, shaped as in `spec.parameters`, in the checkpoint's dtype."""
+    def expert(self, spec: ExpertsSpec, param: str, e: int, wanted: torch.dtype | None = None) -> torch.Tensor:
+        """One expert's share of one parameter, shaped as in `spec.parameters`, in the checkpoint's dtype, or `wanted`."""
         target = f"{spec.name}.{param}"
         sources = self._experts[target]
         if None in sources:  # stored fused, under the same name
-            return self._slice(sources[None][0])[e : e + 1][0]
+            return self._slice(sources[None][0])[e : e + 1][0].to(wanted)
         converter = copy.deepcopy(self._converter[next(iter(sources))])
         for pattern, keys in sources.items():
-            part = self._slice(keys[e])[...] if len(keys) > 1 else self._slice(keys[0])[e : e + 1]
+            part = self.tensor(keys[e]) if len(keys) > 1 else self._slice(keys[0])[e : e + 1]
+            part = part.to(wanted)  # narrower before tensors are joined, which takes their size once more
             converter.add_tensor(target, keys[0], pattern, cast(Any, lambda part=part: part))
             del part
         value = converter.convert(target, model=self.model, config=self.config)[target]
@@ -283,6 +290,7 @@ class Checkpoint:
         targets = {f"{s.name}.{p}": s for s in self.specs for p in s.parameters}
         self._experts: dict[str, dict[Any, list[str]]] = {}
         self._trunk: list[str] = []
+        self._plain_trunk: dict[str, str] = {}  # checkpoint's name -> model's, where nothing but the name changes
         self.ignored: list[str] = []
         for key in sorted(self._at, key=dot_natural_key):
             name, pattern = rename_source_key(key, renamings, converters, self.model.base_model_prefix, known)
@@ -292,6 +300,8 @@ class Checkpoint:
                 self._experts.setdefault(name, {}).setdefault(pattern, []).append(key)
             else:
                 (self._trunk if name in known else self.ignored).append(key)
+                if name in known and pattern is None:
+                    self._plain_trunk[key] = name
         for target, spec in targets.items():
             for keys in self._experts.get(target, {"": []}).values():
                 if len(keys) not in (1, spec.n_experts):
@@ -301,19 +311,32 @@ class Checkpoint:
                         "fetch the checkpoint again",
                         5,
                     )
-        self._check_shapes()
+        self._check_shapes(known)
 
-    def _check_shapes(self) -> None:
-        for spec in self.specs[:1]:
+    def _check_shapes(self, known: dict[str, Any]) -> None:
+        """Every tensor has the shape that the config says; from headers alone, but for one expert per kind of layer."""
+        kinds: dict[Any, tuple[str, list[tuple[int, ...]]]] = {}
+        for spec in self.specs:
             for param, shape in spec.parameters.items():
-                got = tuple(self.expert(spec, param, 0).shape)
-                if got != shape:
-                    raise Refusal(
-                        "E_CORRUPT",
-                        f"{spec.name}.{param} of one expert has shape {got}, the config says {shape}",
-                        "fetch a checkpoint that matches its config",
-                        5,
-                    )
+                sources = self._experts[f"{spec.name}.{param}"]
+                stored = [tuple(self._slice(key).get_shape()) for keys in sources.values() for key in keys]
+                if (param, shape) not in kinds:
+                    self._same(f"{spec.name}.{param} of one expert", tuple(self.expert(spec, param, 0).shape), shape)
+                    kinds[param, shape] = spec.name, stored
+                for got, want in zip(stored, kinds[param, shape][1], strict=False):
+                    self._same(f"a tensor of {spec.name}.{param}", got, want)
+        for key, name in self._plain_trunk.items():
+            self._same(key, tuple(self._slice(key).get_shape()), tuple(known[name].shape))
+
+    @staticmethod
+    def _same(what: str, got: tuple[int, ...], want: tuple[int, ...]) -> None:
+        if got != want:
+            raise Refusal(
+                "E_CORRUPT",
+                f"{what} has shape {got}, should have {want}",
+                "fetch a checkpoint that matches its config",
+                5,
+            )
 
 
 def load_trunk(model: Any, file: Path, dtype: torch.dtype, device: torch.device) -> None:
@@ -328,8 +351,13 @@ def load_trunk(model: Any, file: Path, dtype: torch.dtype, device: torch.device)
         dtype=dtype,
         dtype_plan=model._get_dtype_plan(dtype),
     )
-    info, _ = type(model)._load_pretrained_model(model, None, [str(file)], load)
-    info = type(model)._finalize_model_loading(model, load, info)
+    try:
+        info, _ = type(model)._load_pretrained_model(model, None, [str(file)], load)
+        info = type(model)._finalize_model_loading(model, load, info)
+    except RuntimeError as error:
+        raise Refusal(
+            "E_CORRUPT", f"{file} does not fit its config", "fetch a checkpoint that matches its config", 5
+        ) from error
     if info.missing_keys:
         missing = sorted(info.missing_keys)
         raise Refusal(
@@ -434,6 +462,8 @@ def _weight_files(folder: Path) -> list[Path]:
             raise Refusal(
                 "E_CORRUPT", f"{index} names {bad[0]!r}, which is no file of this folder", "fetch it again", 5
             )
+        if not names:
+            raise Refusal("E_CORRUPT", f"{index} names 0 shards", "fetch it again", 5)
         missing = [n for n in names if not (folder / n).is_file()]
         if missing:
             raise Refusal(

@@ -12,7 +12,7 @@ multiple of 4096 bytes. Matrices are stored (out, in) whatever the checkpoint's 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any, NamedTuple, Protocol
@@ -156,17 +156,34 @@ class Layout:
         data["parts"] = [[p.param, p.what, p.dtype, list(p.shape), p.offset] for p in self.parts]
         return data
 
-    def encode(self, name: str, value: torch.Tensor, slab: torch.Tensor) -> None:
-        """Write one parameter of one expert, shaped as in `params`, into `slab` (slab_bytes,) uint8."""
-        param = next(p for p in self.params if p.name == name)
+    def pieces(self, name: str, value: torch.Tensor) -> Iterator[torch.Tensor]:
+        """The bytes of one parameter, shaped as in `params`, as uint8 tensors in the order in which they lie in the slab.
+
+        They reach up to the next parameter, or to the slab's end: so the pieces of all parameters are the slab.
+        """
+        index = next(i for i, p in enumerate(self.params) if p.name == name)
+        param = self.params[index]
         assert value.shape == ((param.rows, param.cols) if param.cols else (param.rows,)), (param, value.shape)
-        into = [self._view(slab, part) for part in self.parts if part.param == name]
-        if param.cols and self.format == "int4":
-            _encode_int4(value, *into)
-        elif param.cols and self.format == "nf4":
-            _encode_nf4(value, *into)
-        else:
-            into[0].copy_(value)
+        parts = [part for part in self.parts if part.param == name]
+        following = [part.offset for part in self.parts if part.offset > parts[-1].offset]
+        ends = [*(part.offset for part in parts[1:]), *(following[:1] or [self.slab_bytes])]
+        for part, end, tensor in zip(parts, ends, self._encoded(param, value, parts), strict=True):
+            yield tensor.contiguous().flatten().view(torch.uint8)
+            yield torch.zeros(end - part.offset - part.n_bytes, dtype=torch.uint8)
+
+    def encode(self, name: str, value: torch.Tensor, slab: torch.Tensor) -> None:
+        """Write one parameter into `slab` (slab_bytes,) uint8."""
+        at = next(part.offset for part in self.parts if part.param == name)
+        for piece in self.pieces(name, value):
+            slab[at : at + piece.numel()] = piece
+            at += piece.numel()
+
+    def _encoded(self, param: Param, value: torch.Tensor, parts: list[Part]) -> list[torch.Tensor]:
+        if not param.cols or self.format == "bf16":
+            return [value.to(getattr(torch, self.plain))]
+        into = [torch.zeros(part.shape, dtype=getattr(torch, part.dtype)) for part in parts]
+        (_encode_int4 if self.format == "int4" else _encode_nf4)(value, *into)
+        return into
 
     def weights(self, slab: torch.Tensor) -> dict[str, Weight | torch.Tensor]:
         """Views into `slab`: a Weight per matrix, a tensor per vector. They stay valid while the memory does."""
@@ -206,7 +223,8 @@ def _parts(format: str, plain: str, param: Param) -> list[tuple[str, str, tuple[
     if format == "nf4":
         blocks = -(-n * k // NF4_BLOCK)
         return [("packed", "uint8", (-(-n * k // 2),)), ("absmax", "float32", (blocks,))]
-    assert format == "bf16", format
+    if format != "bf16":
+        raise ValueError(f"unknown format {format!r}")
     return [("values", plain, (n, k))]
 
 

@@ -15,16 +15,18 @@ from typing import Any, NamedTuple
 
 import torch
 
-from duoserve.checkpoint import Checkpoint, ExpertsSpec
+from duoserve.checkpoint import SIDE_FILES, Checkpoint, ExpertsSpec
 from duoserve.codec import Layout, Param, int4_order
 from duoserve.config import FORMATS
 from duoserve.core import Refusal, nearest
 from duoserve.store import (
     ALIGN,
     LOCK,
+    MANIFEST,
     TRUNK,
     Entry,
     LayerFile,
+    Store,
     StoreSize,
     exclusive,
     file_checksum,
@@ -52,11 +54,13 @@ class Conversion:
 
     @classmethod
     def of(cls, source: Path, format: str = "int4", dtype: str | None = None) -> Conversion:
-        """`dtype` "float32" keeps a float32 checkpoint's unquantised weights exact (float16 likewise), else bfloat16."""
+        """What is not quantised is stored as the checkpoint has it, but float32 as bfloat16 unless `dtype` is "float32"."""
         if format not in FORMATS:
             raise Refusal("E_OPTION", f"unknown format {format!r}", nearest(format, FORMATS))
         checkpoint = Checkpoint(source)
-        plain = dtype if dtype is not None and getattr(torch, dtype) == checkpoint.dtype else "bfloat16"
+        plain = str(checkpoint.dtype).removeprefix("torch.")
+        if dtype == "bfloat16" or (plain == "float32" and dtype != "float32"):
+            plain = "bfloat16"
         return cls(checkpoint, format, plain, [_layout(spec, format, plain) for spec in checkpoint.specs])
 
     @property
@@ -92,8 +96,8 @@ def convert(
 ) -> Path:
     """Write the expert store of the checkpoint folder `source` into `out` and return `out`; options as `Conversion.of`.
 
-    Refuses what `Checkpoint` refuses, a folder that holds something else, and a disk without room. Memory: about one
-    expert in the checkpoint's dtype, twice, and one slab.
+    Refuses what `Checkpoint` refuses, a folder that holds something else, and a disk without room. A damaged store is
+    made again. Memory: about one parameter of one expert, twice.
     """
     return write_store(Conversion.of(source, format, dtype), out, progress)
 
@@ -179,14 +183,13 @@ def _write_layer(path: Path, checkpoint: Checkpoint, spec: ExpertsSpec, layout: 
 
 
 def _slabs(checkpoint: Checkpoint, spec: ExpertsSpec, layout: Layout, report: _Report) -> Iterable[torch.Tensor]:
-    slab = torch.empty(layout.slab_bytes, dtype=torch.uint8)
+    """All slabs of a layer, piece by piece, so that not even one of them is held whole."""
+    wanted = getattr(torch, layout.plain)
     for e in range(spec.n_experts):
-        slab.zero_()
         for param in layout.params:
-            value = checkpoint.expert(spec, param.name, e)
-            layout.encode(param.name, value.T if param.cols and spec.module.is_transposed else value, slab)
+            value = checkpoint.expert(spec, param.name, e, wanted)
+            yield from layout.pieces(param.name, value.T if param.cols and spec.module.is_transposed else value)
             del value
-        yield slab
         report.slabs(e + 1)
 
 
@@ -204,17 +207,31 @@ def _store_bytes(conversion: Conversion) -> int:
     return conversion.slab_bytes + ALIGN * len(conversion.layouts) + trunk + side
 
 
+def _is_damaged(out: Path) -> bool:
+    """Whether the store in `out` cannot be opened; if so its manifest and layers are taken away, to be made again."""
+    try:
+        Store(out).close()
+        return False
+    except Refusal:
+        for file in (*out.glob("experts-*.safetensors"), *out.glob(TRUNK), out / MANIFEST):
+            file.unlink()
+        for file in out.iterdir():
+            if SIDE_FILES.fullmatch(file.name):
+                file.unlink()
+        return True
+
+
 def _prepare(out: Path, job: dict[str, Any], need: int) -> bool:
     """Make `out` ready to be written; False where it already holds just this store."""
-    if is_store(out):
-        have = json.loads((out / "manifest.json").read_text())
+    if is_store(out) and not _is_damaged(out):
+        have = json.loads((out / MANIFEST).read_text())
         if all(have.get(name) == value for name, value in job.items()):
             (out / JOB).unlink(missing_ok=True)
             return False
         raise Refusal(
             "E_EXISTS",
-            f"{out} holds another store ({have.get('format')} of {str(have.get('fingerprint'))[:8]}, wanted "
-            f"{job['format']} of {job['fingerprint'][:8]})",
+            f"{out} holds another store ({have['format']} of {have['fingerprint'][:8]}, wanted {job['format']} of "
+            f"{job['fingerprint'][:8]})",
             "give an empty folder",
         )
     for stray in out.glob(".*.tmp"):
