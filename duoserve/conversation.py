@@ -45,14 +45,17 @@ class Conversation:
         """Answer the last user text again; None where there was none."""
         if not self.messages:
             return None
-        del self.messages[-1:]
-        text = self.messages.pop()["content"]
-        return self.say(text, **options)
+        *self.messages, question, former = self.messages
+        try:
+            return self.say(question["content"], **options)
+        except BaseException:
+            self.messages += [question, former]
+            raise
 
     def clear(self) -> None:
         """Forget all turns; the system message stays."""
         self.messages.clear()
-        self._ids, self._cache = [], None
+        self._forget()
 
     def prompt(self) -> str | list[dict[str, str]]:
         """What the model reads: messages where it has a chat template, else the texts one after the other."""
@@ -63,13 +66,19 @@ class Conversation:
 
     def _answer(self, **options: Any) -> Answer:
         prompt = self.prompt()
-        if not self.reuse:
+        if not self.reuse or options.get("num_beams", 1) > 1:  # beams reorder their cache
+            self._forget()
             return self.engine.generate(prompt, **options)
         ids = self.engine.encode(prompt)[0].tolist()
-        cache, self._cache = self._kept(ids), None  # an interrupted pass leaves the cache half written: forget it
+        cache = self._kept(ids)
+        self._forget()  # whatever interrupts a pass leaves its cache half written
         answer = self.engine.generate(prompt, past_key_values=cache, **options)
-        self._ids, self._cache = (ids + answer.token_ids)[: cache.get_seq_length()], cache
+        if answer.new_tokens:  # else the reading of the prompt was cancelled between layers
+            self._ids, self._cache = (ids + answer.token_ids)[: cache.get_seq_length()], cache
         return answer
+
+    def _forget(self) -> None:
+        self._ids, self._cache = [], None
 
     def _kept(self, ids: list[int]) -> Any:
         """The cache of the longest common beginning, cropped to it, or a new one where it cannot be cropped."""

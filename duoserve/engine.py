@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
+import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,14 +24,14 @@ from duoserve.core import Refusal, nearest
 from duoserve.device import Device, in_background, open_device
 from duoserve.model import load_model
 from duoserve.moe import Cancelled
-from duoserve.plan import Plan, make_plan
+from duoserve.plan import Plan, make_plan, size
 from duoserve.store import Store, is_store
 
 DEMO = Path(__file__).parent / "demo"
 DEFAULT_NEW_TOKENS = 512
 CPU_MARGIN, GPU_MARGIN = (4 << 30, 0.10), (1 << 30, 0.05)  # left free where no budget is given: at least bytes, share
 
-_OBJECTS = {"logits_processor", "generation_config", "assistant_model", "past_key_values"}
+_OBJECTS = {"logits_processor", "stopping_criteria", "generation_config", "assistant_model", "past_key_values"}
 Prompt = str | Sequence[dict[str, str]]
 __all__ = ["Answer", "Engine", "load"]
 
@@ -66,13 +69,14 @@ def load(model: str | os.PathLike[str] | None = None, *, progress: Progress | No
     quiet()
     config = EngineConfig.of(**options)
     folder = DEMO if model is None else resolve(model)
-    device = open_device(config.device)
-    try:
+    with contextlib.ExitStack() as unless_loaded:
+        device = open_device(config.device)
+        unless_loaded.callback(device.close)
         store, plan, dtype = _opened(folder, config, device, progress, "half" if model is None else None)
-        return Engine(store, plan, dtype, device)
-    except BaseException:
-        device.close()
-        raise
+        unless_loaded.callback(store.close)
+        engine = Engine(store, plan, dtype, device)
+        unless_loaded.pop_all()
+        return engine
 
 
 def _opened(
@@ -90,8 +94,35 @@ def _opened(
     format = config.format or ("bf16" if config.dtype == "float32" else "int4")
     conversion = Conversion.of(folder, format, config.dtype)
     dtype = _dtype(config.dtype, str(conversion.checkpoint.dtype).removeprefix("torch."))
+    _tokenizer(folder)  # refuse before an hour of converting
     plan = make_plan(conversion.size, conversion.checkpoint.config, dtype, config, _free(device), default)
+    _check_memory(plan, device)
     return Store(write_store(conversion, cache_dir(config.cache_dir) / conversion.name, progress)), plan, dtype
+
+
+def _planned(store: Store, config: EngineConfig, device: Device, default: str | None) -> tuple[Plan, torch.dtype]:
+    if config.format not in (None, store.format):
+        raise Refusal("E_FORMAT", f"the store is {store.format}, asked was {config.format}", "convert the checkpoint")
+    if config.dtype == "float32" == store.dtype and store.layouts[0].plain != "float32":
+        warnings.warn(
+            "the store rounded a float32 checkpoint to bfloat16; `duoserve convert --dtype float32` keeps it exact",
+            stacklevel=4,
+        )
+    dtype = _dtype(config.dtype, store.dtype)
+    plan = make_plan(store.size, read_config(store.folder), dtype, config, _free(device), default)
+    _check_memory(plan, device)
+    return plan, dtype
+
+
+def _check_memory(plan: Plan, device: Device) -> None:
+    free = device.free_bytes()
+    if plan.planned_bytes > free:
+        raise Refusal(
+            "E_MEMORY",
+            f"the plan takes {size(plan.planned_bytes)}, {size(free)} are free",
+            "lower --budget or --ctx, or free some memory",
+            4,
+        )
 
 
 def _dtype(asked: str | None, stored: str) -> torch.dtype:
@@ -107,6 +138,7 @@ class Engine:
         self.model, self.runtime, self._watch = loaded
         self.tokenizer = _tokenizer(store.folder)
         self._turn = threading.Lock()
+        self._finalizer = weakref.finalize(self, _release, device, store)
         self._last: Answer | None = None
 
     def generate(
@@ -125,11 +157,13 @@ class Engine:
         the prompt; `cancelled` is asked after every token, and after every layer of the prompt.
         Called without a prompt, with `input_ids=`, this is `model.generate` itself and returns its tensor.
         """
+        if isinstance(prompt, torch.Tensor):
+            prompt, options = None, {"input_ids": prompt} | options
         if prompt is None:
             with torch.inference_mode(), self._turn:
                 return self.model.generate(**options)
         ids_1S = self.encode(prompt)
-        limit = self._room(ids_1S.shape[1], options.pop("max_new_tokens", None))
+        limit = self._room(ids_1S.shape[1], _asked(options, ids_1S.shape[1]))
         meter = _Meter(self._text_tokenizer(), on_text)
         options = self._generation(options, meter, cancelled)
         with torch.inference_mode(), self._turn, self.runtime.following(on_layer, cancelled):
@@ -170,16 +204,30 @@ class Engine:
         """Token ids (1, S) of a text, or of messages through the model's chat template."""
         tokenizer = self._text_tokenizer()
         if isinstance(prompt, str):
-            ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+            ids = tokenizer(prompt.encode(errors="replace").decode(), return_tensors="pt")["input_ids"]
         else:
-            if not tokenizer.chat_template:
-                raise Refusal("E_TEMPLATE", "the model has 0 chat templates", "pass a text instead of messages")
-            ids = tokenizer.apply_chat_template(
-                list(prompt), add_generation_prompt=True, return_tensors="pt", return_dict=True
-            )["input_ids"]
+            ids = self._templated(tokenizer, list(prompt))
         if ids.shape[1] == 0:
             raise Refusal("E_PROMPT", "the prompt has 0 tokens", "write at least one word")
         return ids.to(self.device.torch_device)
+
+    def _templated(self, tokenizer: Any, messages: list[dict[str, str]]) -> torch.Tensor:
+        if not tokenizer.chat_template:
+            raise Refusal("E_TEMPLATE", "the model has 0 chat templates", "pass a text instead of messages")
+        if not messages or not all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in messages):
+            raise Refusal(
+                "E_TEMPLATE", f"{len(messages)} messages, or some that are none", 'pass {"role": ..., "content": ...}'
+            )
+        clean = [m | {"content": m["content"].encode(errors="replace").decode()} for m in messages]
+        try:
+            encoded = tokenizer.apply_chat_template(
+                clean, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+        except Exception as error:  # templates are programs of their authors
+            raise Refusal(
+                "E_TEMPLATE", f"the chat template refused {len(clean)} messages ({error})", "check the roles"
+            ) from error
+        return encoded["input_ids"]
 
     def stats(self) -> dict[str, Any]:
         """Figures since loading: experts hit, in flight, missed; bytes; planned against used memory. Bytes and seconds."""
@@ -226,8 +274,7 @@ class Engine:
     def close(self) -> None:
         """Stop the worker threads and close the store's files; what is asked of the model afterwards raises RuntimeError."""
         self.runtime.close()
-        self.device.close()
-        self.store.close()
+        self._finalizer()
 
     def __enter__(self) -> Engine:
         return self
@@ -252,6 +299,8 @@ class Engine:
                 "shorten it, or load with a larger --ctx",
                 4,
             )
+        if asked is not None and asked < 1:
+            raise Refusal("E_OPTION", f"max_new_tokens={asked} leaves nothing to answer with", "ask for at least 1")
         return min(room, DEFAULT_NEW_TOKENS if asked is None else asked)
 
     def _generation(
@@ -265,7 +314,8 @@ class Engine:
         if "stop_strings" in options:
             added["tokenizer"] = self.tokenizer
         if cancelled:
-            added["stopping_criteria"] = transformers.StoppingCriteriaList([_Cancel(cancelled)])
+            stop = [*options.pop("stopping_criteria", []), _Cancel(cancelled)]
+            added["stopping_criteria"] = transformers.StoppingCriteriaList(stop)
         return added | options
 
     def _pad(self) -> int | None:
@@ -282,6 +332,11 @@ class Engine:
         text = self._text_tokenizer().decode(new_ids, skip_special_tokens=True)
         finish = "stop" if ended else "cancelled" if cancelled else "length" if n >= limit else "stop"
         return Answer(text, prompt_tokens, n, meter.ttft_s, meter.rate(n), finish, new_ids.tolist())
+
+
+def _release(device: Device, store: Store) -> None:
+    device.close()
+    store.close()
 
 
 def trunk_bytes(model: Any) -> int:
@@ -327,8 +382,19 @@ class _Cancel(transformers.StoppingCriteria):
         return torch.full((input_ids.shape[0],), self._cancelled(), dtype=torch.bool, device=input_ids.device)
 
 
+def _asked(options: dict[str, Any], prompt_tokens: int) -> int | None:
+    """New tokens asked for, in whichever of transformers' ways; None where nothing was said."""
+    config = options.get("generation_config")
+    asked = options.pop("max_new_tokens", None)
+    if asked is None and options.get("max_length") is not None:
+        asked = max(0, options.pop("max_length") - prompt_tokens)
+    if asked is None and config is not None:
+        asked = config.max_new_tokens
+    return asked
+
+
 def _check_options(options: dict[str, Any]) -> None:
-    known = set(transformers.GenerationConfig().to_dict()) | _OBJECTS
+    known = {name for name in transformers.GenerationConfig().to_dict() if not name.startswith("_")} | _OBJECTS
     for name in options:
         if name not in known:
             raise Refusal("E_OPTION", f"unknown generation option {name!r}", nearest(name, sorted(known)))
@@ -336,6 +402,10 @@ def _check_options(options: dict[str, Any]) -> None:
         n = options["num_return_sequences"]
         raise Refusal(
             "E_OPTION", f"num_return_sequences={n}, an Answer holds 1", "call generate(input_ids=...) for tensors"
+        )
+    if options.get("return_dict_in_generate"):
+        raise Refusal(
+            "E_OPTION", "an Answer holds 0 scores", "call generate(input_ids=...) for transformers' own output"
         )
 
 
@@ -349,7 +419,13 @@ def cache_dir(asked: str | None = None) -> Path:
 def _tokenizer(folder: Path) -> Any:
     if not any(folder.glob("tokenizer*")):
         return None
-    return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        raise Refusal(
+            "E_TOKENIZER", f"{folder} has a tokenizer that cannot be read ({reason})", "fetch it again", 5
+        ) from error
 
 
 def _free(device: Device) -> int:

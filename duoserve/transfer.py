@@ -41,6 +41,7 @@ class Transfer:
         self.memory = device.arena(len(cache.slots) * self.slab_bytes)
         self._weights: dict[tuple[int, int], dict[str, Weight | torch.Tensor]] = {}
         self.hits = self.in_flight = self.misses = self.guesses = 0
+        self.waiting = 0  # experts of the running layer that have no slot yet
 
     def slab(self, slot: Slot) -> torch.Tensor:
         """The slot's memory, (slab_bytes,) uint8 on the device."""
@@ -60,7 +61,7 @@ class Transfer:
         key, into = slot.key, self.slab(slot)
         assert key is not None, slot
         if slot.ready is not None:
-            self.device.copy.cancel(slot.ready)  # a guess that gives way to this need, if nobody started it
+            self.guesses -= self.device.copy.cancel(slot.ready)  # a guess gives way to this need, if nobody started it
         former = slot.released if slot.ready is None else (*slot.released, slot.ready)
         cost = self.store.layout(key.layer).slab_bytes
         if self.host is None:
@@ -71,10 +72,12 @@ class Transfer:
         return slot
 
     def guess(self, key: Key) -> Slot | None:
-        """Fetch ahead, but never wait for a reader nor evict what the same layer needs; None where that leaves no slot.
+        """Fetch ahead, but never before a need, never waiting for a reader, never evicting what the same layer needs.
 
-        The slot is left unpinned: a demand may take it back.
+        None where that leaves no slot. The slot is left unpinned: a demand may take it back.
         """
+        if self.waiting:
+            return None
         offer = self.cache.offer(sparing=key.layer)
         if offer is None or not all(event.done for event in offer.released):
             return None
@@ -112,6 +115,7 @@ class Transfer:
                 while absent and (slot := self.cache.claim(absent[0])) is not None:
                     absent.popleft()
                     arriving.append(self.fetch(slot, Lane.DEMAND))
+                self.waiting = len(absent)
                 assert resident or arriving, f"no slot is free for {absent[0]} and none will be"
                 yield (resident or arriving).popleft()
         finally:  # an error above leaves nothing pinned
