@@ -227,6 +227,7 @@ class Checkpoint:
             )
         return names[common]
 
+    @cached_property
     def fingerprint(self) -> str:
         """Identity of the model: its config, its tensors' names and shapes, and their bytes (sampled where large)."""
         digest = hashlib.sha256((self.folder / "config.json").read_bytes())

@@ -202,6 +202,8 @@ def _guarded() -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
+        if error.errno in (errno.EEXIST, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS):
+            return _say(f"E_IO: {error}; give a folder that can be written", 2)
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         return _say(
             f"{'E_DISK' if full else 'E_IO'}: {error}; {'free some space' if full else 'check the disk'} and run it again",
@@ -209,6 +211,8 @@ def _guarded() -> int:
         )
     except Exception as error:
         if isinstance(error, _usage_error()):
+            if not error.format_message():  # type: ignore[attr-defined]  # bare `duoserve`: the help was the answer
+                return 2
             return _say(f"E_USAGE: {_usage(error)}", 2)
         what = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
         return _say(

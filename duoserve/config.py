@@ -18,19 +18,27 @@ _BINARY = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 def parse_size(text: str | int, what: str = "size") -> int:
     """Bytes in `6GiB`, `500MB`, `12G` or a plain number; decimal units are powers of ten, `i` units powers of two."""
-    if isinstance(text, int):
+    if type(text) is int and text > 0:
         return text
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", text.lower())
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", text.lower()) if isinstance(text, str) else None
     if not match or match[2] == "i":
         raise Refusal("E_SIZE", f"{what} {text!r} is not a size", "write it like 6GiB, 500MiB or 12G")
     return int(float(match[1]) * (_UNITS | _BINARY)[match[2]])
 
 
+def parse_share(text: str) -> float:
+    """0.15 for `15%`."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", text)
+    if not match or float(match[1]) == 0:
+        raise Refusal("E_SIZE", f"budget {text!r} is not a share", "write it like 15%")
+    return float(match[1]) / 100
+
+
 def parse_count(text: str | int, what: str = "count") -> int:
     """Tokens in `4096`, `4k` or `32k`; here k means 1024, as context lengths are written."""
-    if isinstance(text, int):
+    if type(text) is int and text > 0:
         return text
-    match = re.fullmatch(r"\s*(\d+)\s*([km]?)\s*", text.lower())
+    match = re.fullmatch(r"\s*(\d+)\s*([km]?)\s*", text.lower()) if isinstance(text, str) else None
     if not match:
         raise Refusal("E_COUNT", f"{what} {text!r} is not a number of tokens", "write it like 4096 or 32k")
     return int(match[1]) * {"": 1, "k": 1024, "m": 1024**2}[match[2]]
@@ -51,16 +59,12 @@ class EngineConfig:
         _one_of("format", self.format, FORMATS)
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("device", self.device, DEVICES)
-        if (
-            isinstance(self.budget, str)
-            and self.budget not in ("min", "half")
-            and not self.budget.strip().endswith("%")
-        ):
+        if isinstance(self.budget, str) and self.budget.strip().endswith("%"):
+            parse_share(self.budget)
+        elif self.budget not in (None, "min", "half"):
             parse_size(self.budget, "budget")
         if self.ctx is not None and self.ctx < 1:
-            raise Refusal(
-                "E_CTX", f"a context of {self.ctx} tokens holds nothing", "ask for at least 1, such as --ctx 4096"
-            )
+            raise Refusal("E_CTX", f"a context of {self.ctx} tokens holds nothing", "ask for at least 1")
 
     @classmethod
     def of(cls, **options: Any) -> EngineConfig:

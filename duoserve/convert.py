@@ -79,12 +79,12 @@ class Conversion:
     def name(self) -> str:
         """A folder name that no other model or format has."""
         wide = "" if self.plain == "bfloat16" else f"-{self.plain}"
-        return f"{self.checkpoint.folder.resolve().name}-{self.checkpoint.fingerprint()[:12]}-{self.format}{wide}"
+        return f"{self.checkpoint.folder.resolve().name}-{self.checkpoint.fingerprint[:12]}-{self.format}{wide}"
 
     def job(self) -> dict[str, Any]:
         """What tells this store from every other."""
         return {
-            "fingerprint": self.checkpoint.fingerprint(),
+            "fingerprint": self.checkpoint.fingerprint,
             "format": self.format,
             "plain": self.plain,
             "int4_order": int4_order(),

@@ -85,12 +85,11 @@ def _opened(
     """The store behind MODEL, converted if need be, but not before its plan is known to fit."""
     if is_store(folder):
         store = Store(folder)
-        if config.format not in (None, store.format):
-            raise Refusal(
-                "E_FORMAT", f"the store is {store.format}, asked was {config.format}", "convert the checkpoint"
-            )
-        dtype = _dtype(config.dtype, store.dtype)
-        return store, make_plan(store.size, read_config(folder), dtype, config, _free(device), default), dtype
+        try:
+            return store, *_planned(store, config, device, default)
+        except BaseException:
+            store.close()
+            raise
     format = config.format or ("bf16" if config.dtype == "float32" else "int4")
     conversion = Conversion.of(folder, format, config.dtype)
     dtype = _dtype(config.dtype, str(conversion.checkpoint.dtype).removeprefix("torch."))

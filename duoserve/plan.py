@@ -5,6 +5,7 @@ budget >= trunk + KV(ctx) + slots * slab,   at least two slots, at most one per 
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 from duoserve.checkpoint import build_meta, find_experts, kv_bytes, kv_period, model_limit, replace_module, tensor_bytes
-from duoserve.config import EngineConfig, parse_size
+from duoserve.config import EngineConfig, parse_share, parse_size
 from duoserve.core import Refusal
 from duoserve.store import StoreSize
 
@@ -118,6 +119,10 @@ def make_plan(
     """
     sizes = Sizes(config, dtype)
     floor = options.ctx or min(FLOOR_CTX, sizes.limit or FLOOR_CTX)
+    if sizes.limit and floor > sizes.limit:
+        warnings.warn(
+            f"a context of {floor} tokens is more than the {sizes.limit} the model was made for", stacklevel=2
+        )
     fixed = sizes.trunk_bytes + sizes.kv_bytes(floor)
     smallest = fixed + min(MIN_SLOTS, store.n_experts) * store.slab_bytes
     asked = options.budget if options.budget is not None else default
@@ -174,11 +179,7 @@ def _budget_bytes(asked: str | int | None, store: StoreSize, smallest: int, fixe
     if asked == "half":  # half of the experts, the demo's default
         return fixed + max(MIN_SLOTS, store.n_experts // 2) * store.slab_bytes
     if isinstance(asked, str) and asked.strip().endswith("%"):
-        try:
-            share = float(asked.strip()[:-1]) / 100
-        except ValueError as error:
-            raise Refusal("E_SIZE", f"budget {asked!r} is not a share", "write it like 15%") from error
-        return int(share * store.bf16_bytes)
+        return int(parse_share(asked) * store.bf16_bytes)
     return parse_size(asked, "budget")
 
 

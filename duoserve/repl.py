@@ -8,7 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from duoserve.conversation import Conversation, seed
 from duoserve.core import Refusal, nearest
@@ -24,27 +24,48 @@ HELP = """\
 /stats             speed, expert hits, bytes, memory planned and used
 /quit              leave (or Ctrl-D); Ctrl-C stops an answer and keeps the chat"""
 
-SETTINGS: dict[str, type] = {
-    "max_new_tokens": int,
-    "temperature": float,
-    "top_p": float,
-    "top_k": int,
-    "repetition_penalty": float,
-    "seed": int,
+
+class Setting(NamedTuple):
+    kind: type
+    least: float
+    most: float
+
+
+SETTINGS = {
+    "max_new_tokens": Setting(int, 1, 2**31),
+    "temperature": Setting(float, 0, 100),
+    "top_p": Setting(float, 0.001, 1),
+    "top_k": Setting(int, 1, 2**31),
+    "repetition_penalty": Setting(float, 0.1, 10),
+    "seed": Setting(int, 0, 2**63 - 1),
 }
 
 
 def sampling(max_new_tokens: int, temperature: float | None, top_p: float | None, seed: int | None) -> dict[str, Any]:
     """The settings a chat starts with; what is None is the model's own."""
     given = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
-    return {name: value for name, value in given.items() if value is not None}
+    return {name: _checked(name, value) for name, value in given.items() if value is not None}
+
+
+def _checked(name: str, value: Any) -> Any:
+    """The value as its kind, within its range."""
+    kind, least, most = SETTINGS[name]
+    try:
+        number = kind(value)
+    except ValueError as error:
+        raise Refusal(
+            "E_SETTING", f"{name} {value!r} is no {kind.__name__}", f"give one from {least} to {most}"
+        ) from error
+    if not least <= number <= most:
+        raise Refusal("E_SETTING", f"{name} {value} is out of range", f"give one from {least} to {most}")
+    return number
 
 
 def answer_once(engine: Engine, prompt: str, system: str | None, settings: dict[str, Any], as_json: bool) -> None:
     """Stream one answer; with `as_json` also the figures, as the last line. Ctrl-C ends it with what there is."""
     answer = _stream(Conversation(engine, system), prompt, settings)
     if as_json:
-        print(json.dumps(figures(engine, answer), ensure_ascii=False), flush=True)
+        print(json.dumps(figures(engine, answer)), flush=True)
 
 
 def figures(engine: Engine, answer: Answer | None) -> dict[str, Any]:
@@ -71,7 +92,7 @@ def run(engine: Engine, system: str | None, settings: dict[str, Any], as_json: b
         else:
             _guarded(lambda name=name, rest=rest: _command(chat, settings, name, rest.strip()))
     if as_json:
-        print(json.dumps(figures(engine, last), ensure_ascii=False), flush=True)
+        print(json.dumps(figures(engine, last)), flush=True)
 
 
 def banner(engine: Engine) -> str:
@@ -138,12 +159,7 @@ def _set(settings: dict[str, Any], rest: str) -> None:
     if name and name not in SETTINGS:
         raise Refusal("E_SETTING", f"unknown setting {name!r}", nearest(name, list(SETTINGS)))
     if name:
-        try:
-            settings[name] = SETTINGS[name](value)
-        except ValueError as error:
-            raise Refusal(
-                "E_SETTING", f"{value!r} is no {SETTINGS[name].__name__}", f"say /set {name} NUMBER"
-            ) from error
+        settings[name] = _checked(name, value)
     print("  ".join(f"{name}={settings.get(name, 'model default')}" for name in SETTINGS))
 
 
@@ -165,8 +181,12 @@ def stats_text(s: dict[str, Any], reused: int) -> str:
 def _guarded(act: Any) -> Any:
     try:
         return act()
-    except Refusal as refusal:
-        print(f"error: {refusal}", file=sys.stderr)
+    except (ValueError, RuntimeError, OSError) as error:  # the chat goes on
+        what = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        print(
+            f"error: {what if isinstance(error, Refusal) else f'E_FAILED: {what}; try again, or /quit'}",
+            file=sys.stderr,
+        )
         return None
 
 
@@ -174,6 +194,9 @@ def _lines(terminal: bool) -> Iterator[str]:
     while True:
         try:
             line = input("> " if terminal else "").strip()
+        except UnicodeDecodeError as error:
+            print(f"error: E_INPUT: the line is not UTF-8 at byte {error.start}; type it again", file=sys.stderr)
+            continue
         except EOFError:
             if terminal:
                 print()

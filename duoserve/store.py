@@ -67,8 +67,19 @@ class Store:
             self.bf16_bytes: int = int(data["bf16_bytes"])
             self.layouts = [Layout.from_json(item) for item in data["layouts"]]
             self.layers = [LayerFile(**item | {"crc32": tuple(item["crc32"])}) for item in data["layers"]]
-            self.files: dict[str, dict[str, Any]] = data["files"]
-        except (KeyError, TypeError, ValueError) as error:
+            self.files: dict[str, dict[str, Any]] = {
+                str(name): dict(written) for name, written in data["files"].items()
+            }
+            self._fds: list[int] = []
+            for layer in self.layers:
+                self._fds.append(self._open(layer))
+            self._seen = [bytearray(layer.n_experts) for layer in self.layers]
+            if any(layout.format != self.format for layout in self.layouts) or self.slab_bytes < ALIGN:
+                raise ValueError(f"layouts are not {self.format!r}")
+            if self.dtype not in ("bfloat16", "float16", "float32"):
+                raise ValueError(f"dtype {self.dtype!r}")
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            self.close()
             if isinstance(error, Refusal):
                 raise
             raise Refusal(
@@ -81,8 +92,6 @@ class Store:
                 "convert the model on this machine",
                 5,
             )
-        self._fds = [self._open(layer) for layer in self.layers]
-        self._seen = [bytearray(layer.n_experts) for layer in self.layers]
 
     @property
     def trunk(self) -> Path:
@@ -154,9 +163,8 @@ class Store:
             )
 
     def close(self) -> None:
-        for fd in self._fds:
-            os.close(fd)
-        self._fds = []
+        while getattr(self, "_fds", None):
+            os.close(self._fds.pop())
 
     def _open(self, layer: LayerFile) -> int:
         path = self.folder / layer.file

@@ -61,6 +61,30 @@ def test_lines_from_a_pipe_are_turns(cache: Path) -> None:
     assert json.loads(done.stdout.splitlines()[-1])["new_tokens"] > 0
 
 
+def test_a_bare_command_shows_the_help(cache: Path) -> None:
+    done = run(cache)
+    assert done.returncode == 2 and "chat" in done.stdout + done.stderr and "error" not in done.stderr
+
+
+def test_bad_lines_do_not_end_a_chat(cache: Path) -> None:
+    said = b"/set temperature nan\n/set top_k -3\ncaf\xe9\n/set seed x\nHello!\n"
+    env = os.environ | {"DUOSERVE_CACHE": str(cache), "PYTHONUTF8": "1"}
+    done = subprocess.run(
+        [*COMMAND, "chat", "--max-new-tokens", "4"], input=said, capture_output=True, env=env, timeout=240
+    )
+    assert done.returncode == 0 and done.stderr.count(b"error: E_") >= 3, done.stderr
+
+
+def test_a_damaged_cached_store_is_made_again(cache: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(cache, tmp_path / "c")
+    (victim,) = (tmp_path / "c" / "stores").glob("demo-*-int4/experts-002.safetensors")
+    victim.write_bytes(victim.read_bytes()[:-1])
+    done = run(tmp_path / "c", "chat", "-p", "Hello!", "--max-new-tokens", "4")
+    assert done.returncode == 0, done.stderr
+
+
 def test_convert_then_chat_with_the_store(toy: Any, cache: Path, tmp_path: Path) -> None:
     done = run(cache, "convert", str(toy("mixtral")), "-o", str(tmp_path / "store"), "--format", "nf4")
     assert done.returncode == 0 and "nf4 expert store" in done.stdout, done.stderr
@@ -80,6 +104,11 @@ CASES = [
     (("chat", "nobody/nothing-here", "-p", "x"), 3, "no such model"),
     (("convert", "nowhere", "-o", "out"), 3, "no model folder"),
     (("convert",), 2, "Missing"),
+    (("chat", "--max-new-tokens", "0", "-p", "x"), 2, "max_new_tokens 0 is out of range"),
+    (("chat", "--temperature=-1", "-p", "x"), 2, "temperature -1.0 is out of range"),
+    (("chat", "--budget=-5%", "-p", "x"), 2, "is not a share"),
+    (("verify", "."), 3, "no manifest"),
+    (("convert", ".", "-o", "/proc/store"), 3, "config.json"),
 ]
 
 

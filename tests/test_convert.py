@@ -207,6 +207,6 @@ def test_a_missing_expert_is_named(toy: Any, tmp_path: Path) -> None:
 def test_the_fingerprint_follows_the_weights(toy: Any, tmp_path: Path) -> None:
     import toys
 
-    same = Checkpoint(toy("mixtral")).fingerprint()
-    assert Checkpoint(toy("mixtral")).fingerprint() == same
-    assert Checkpoint(toys.make(tmp_path / "other", "mixtral", seed=1)).fingerprint() != same
+    same = Checkpoint(toy("mixtral")).fingerprint
+    assert Checkpoint(toy("mixtral")).fingerprint == same
+    assert Checkpoint(toys.make(tmp_path / "other", "mixtral", seed=1)).fingerprint != same

@@ -134,6 +134,61 @@ def test_a_conversation_reads_only_what_is_new(engine: Any) -> None:
     assert fresh.say("Why?", **GREEDY).prompt_tokens == answer.prompt_tokens
 
 
+@pytest.mark.parametrize("layer", [0, 2, 4])
+def test_a_prompt_cancelled_between_layers_leaves_the_conversation_whole(load: Any, layer: int) -> None:
+    engine = load(dtype="float32", format="bf16", budget="half")
+    chat, layers = Conversation(engine), []
+    chat.say("What is a list?", **GREEDY)
+    stopped = chat.say(
+        "long " * 30, on_layer=lambda done, n: layers.append(done), cancelled=lambda: layers[-1:] == [layer], **GREEDY
+    )
+    assert stopped.new_tokens == 0 and stopped.finish == "cancelled"
+    fresh = Conversation(engine, reuse=False)
+    fresh.messages = [dict(m) for m in chat.messages]
+    assert chat.say("Why?", **GREEDY).text == fresh.say("Why?", **GREEDY).text
+
+
+def test_a_refused_retry_loses_nothing(engine: Any) -> None:
+    chat = Conversation(engine)
+    chat.say("What is a list?", **GREEDY)
+    with pytest.raises(Refusal):
+        chat.retry(temprature=1)
+    assert len(chat.messages) == 2
+    chat.say("And?", num_beams=2, **GREEDY)
+    chat.say("Why?", **GREEDY)
+
+
+def test_generate_takes_what_transformers_takes(engine: Any) -> None:
+    import transformers
+
+    ids = engine.encode("A list is")
+    assert torch.equal(engine.generate(ids, **GREEDY), engine.generate(input_ids=ids, **GREEDY))
+    config = transformers.GenerationConfig(max_new_tokens=3, do_sample=False, eos_token_id=0)
+    assert engine.generate("A list is", generation_config=config).new_tokens <= 3
+    assert engine.generate("A list is", max_length=ids.shape[1] + 2, do_sample=False).new_tokens <= 2
+    for wrong in ([], ["text"], [{"role": "user"}]):
+        with pytest.raises(Refusal, match="E_TEMPLATE"):
+            engine.generate(wrong)
+
+
+def test_engines_that_fail_or_are_dropped_leak_nothing(toy: Any, load: Any, cache: Any) -> None:
+    import gc
+    import os
+    import threading
+
+    import duoserve
+
+    folder = load(toy("mixtral"), budget="half").store.folder
+    gc.collect()
+    before = len(os.listdir("/proc/self/fd")), threading.active_count()
+    for _ in range(3):
+        with pytest.raises(Refusal):
+            duoserve.load(folder, budget=1000)
+        duoserve.load(folder, budget="half")
+        gc.collect()
+    assert (len(os.listdir("/proc/self/fd")), threading.active_count()) == before
+
+
 def test_retry_answers_the_same_question_again(engine: Any) -> None:
     chat = Conversation(engine)
     first = chat.say("What is a list?", **GREEDY)

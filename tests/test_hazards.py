@@ -135,6 +135,41 @@ def test_a_writer_that_does_not_wait_for_the_reader_is_caught(folder: Path) -> N
     assert Machine(folder, 5, "compute", without="released").run(20) > 0
 
 
+def test_a_failed_read_on_the_cpu_is_fetched_again_once_the_disk_has_healed(folder: Path) -> None:
+    """The device as shipped: compute on the calling thread."""
+    store = Store(folder)
+    device = ThreadDevice()
+    transfer = Transfer(device, store, cache := ExpertCache(4, [EXPERTS] * LAYERS))
+    runtime, read, bad = Runtime(device, cache, transfer), store.read_into, Key(1, 3)
+
+    def fail(key: Key, buffer: torch.Tensor) -> None:
+        if key == bad:
+            raise OSError("the disk says no")
+        read(key, buffer)
+
+    def expert(x: torch.Tensor, weights: Any) -> torch.Tensor:
+        assert (weights["w"].w_NK == x[0, 0]).all()
+        return x
+
+    ids = torch.tensor([[2], [3], [4], [5], [6]])
+    x = torch.tensor([[number(Key(1, int(e)))] * WIDTH for e in ids])
+    store.read_into = fail  # type: ignore[method-assign]
+    for _ in range(2):
+        with pytest.raises(OSError, match="the disk says no"):
+            runtime.run(1, expert, x, ids, torch.ones(5, 1))
+        cache_is_whole(runtime)
+    store.read_into = read  # type: ignore[method-assign]
+    assert torch.equal(runtime.run(1, expert, x, ids, torch.ones(5, 1)), x)
+    cache_is_whole(runtime)
+    device.close()
+    store.close()
+
+
+def cache_is_whole(runtime: Runtime) -> None:
+    """Copies that were under way may still be: only pins must be gone."""
+    runtime.cache.check()
+
+
 def test_a_failed_read_rises_and_leaves_the_pool_whole(folder: Path) -> None:
     machine = Machine(folder, 4, "nothing")
     read, bad = machine.store.read_into, Key(1, 3)

@@ -69,6 +69,16 @@ def test_gpt_oss_toy_reaches_the_clamp(toy: Any) -> None:
     assert max(seen) > experts.limit
 
 
+def test_each_expert_crosses_once_per_layer_of_a_prompt(toy: Any, load: Any) -> None:
+    """With two slots nothing is guessed that a need would wait for, and nothing moves twice."""
+    engine = load(toy("qwen3_moe"), budget="min")
+    with torch.no_grad():
+        engine.model(toys.ids(4, 40))
+    stats = engine.stats()
+    assert stats["misses"] + stats["in_flight"] + stats["hits"] == 18, "three layers, all six experts of each"
+    assert stats["bytes_moved"] == 18 * engine.store.slab_bytes
+
+
 @pytest.mark.parametrize("format", ["int4", "nf4", "bf16"])
 def test_tokens_do_not_depend_on_the_budget(toy: Any, load: Any, format: str) -> None:
     """Same kernels, same order: bit-identical logits in every format (design D10)."""
@@ -98,8 +108,9 @@ def test_three_tiers_give_the_same_logits_as_two(toy: Any, cache: Any, monkeypat
     assert all(torch.equal(a, b) for a, b in zip(logits[:3], logits[3:], strict=True))
 
 
-def test_bf16_checkpoints_run_in_float32_without_rounding(toy: Any, load: Any) -> None:
-    folder = toy("mixtral", dtype=torch.bfloat16)
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16], ids=str)
+def test_16_bit_checkpoints_run_in_float32_without_rounding(toy: Any, load: Any, stored: torch.dtype) -> None:
+    folder = toy("mixtral", dtype=stored)
     engine = load(folder, dtype="float32", budget="half")
     with torch.no_grad():
         assert relative(engine.model(toys.ids()).logits, toys.stock(folder)(toys.ids()).logits) <= 1e-5

@@ -34,6 +34,20 @@ def test_what_is_no_size_is_refused(text: str) -> None:
         parse_size(text)
 
 
+@pytest.mark.parametrize("budget", [6e9, True, 0, -3, "nan%", "inf%", "-5%", "0%"])
+def test_what_is_no_budget_is_refused(budget: Any) -> None:
+    with pytest.raises(Refusal, match="E_SIZE"):
+        EngineConfig(budget=budget)
+
+
+def test_a_plan_larger_than_memory_is_refused_with_both_numbers(
+    toy: Any, load: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("duoserve.device.ThreadDevice.free_bytes", lambda self: 300_000)
+    with pytest.raises(Refusal, match=r"E_MEMORY: the plan takes .* KiB, 293.0 KiB are free"):
+        load(toy("mixtral"), budget="1GiB")
+
+
 def test_contexts_read_as_people_write_them() -> None:
     assert parse_count("32k") == 32768 and parse_count("100") == 100
 

@@ -74,6 +74,44 @@ def test_missing_truncated_extra_and_swapped_files_are_named(store: Path, name: 
     assert problems(store) == ["notes.txt: no part of this store"]
 
 
+def test_slabs_are_read_past_the_page_cache(store: Path) -> None:
+    import fcntl
+    import os
+
+    opened = Store(store)
+    try:
+        os.close(os.open(store / "manifest.json", os.O_RDONLY | os.O_DIRECT))
+    except OSError:
+        pytest.skip("this file system has no direct reads")
+    assert all(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT for fd in opened._fds)
+    opened.close()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"layouts": []},
+        {"format": None},
+        {"layers": [{}]},
+        {"files": 3},
+        {"bf16_bytes": "x"},
+        {"layers": "no"},
+        {"dtype": 1},
+    ],
+    ids=str,
+)
+def test_manifests_with_wrong_types_are_refused(store: Path, change: dict[str, Any]) -> None:
+    import json
+
+    from duoserve.store import write_manifest
+
+    data = json.loads((store / "manifest.json").read_text())
+    del data["sha256"]
+    write_manifest(store, data | change)
+    with pytest.raises(Refusal, match="E_STORE"):
+        Store(store)
+
+
 def test_swapped_layers_are_found(store: Path) -> None:
     a, b = store / "experts-000.safetensors", store / "experts-001.safetensors"
     first, second = a.read_bytes(), b.read_bytes()
