@@ -53,11 +53,12 @@ def test_a_promoted_guess_is_a_need_and_a_cancelled_one_is_nothing(stream: Worke
     assert order == [3, 0, 2] and guesses[1].done
 
 
-def test_work_waits_for_other_streams(stream: WorkerStream) -> None:
+@pytest.mark.parametrize("how", ["after", "behind"])
+def test_work_waits_for_other_streams(stream: WorkerStream, how: str) -> None:
     other = WorkerStream("other", board=stream._board)
     gate, first = held(other)
     order: list[str] = []
-    last = stream.submit(lambda: order.append("after"), after=[first])
+    last = stream.submit(lambda: order.append("after"), **{how: [first]})
     stream.submit(lambda: order.append("free")).wait()
     assert order == ["free"], "a job that cannot start holds up nobody"
     gate.set()
