@@ -340,15 +340,16 @@ class Checkpoint:
             )
 
 
-def load_trunk(model: Any, file: Path, dtype: torch.dtype, device: torch.device) -> None:
+def load_trunk(model: Any, file: Path, dtype: torch.dtype) -> None:
     """Fill a meta model, experts already taken out, from the checkpoint's trunk tensors, as `from_pretrained` would.
 
+    On the host; what needs no conversion stays in the mapped file, so that it takes no memory until it is copied.
     Also rebuilds what no file holds (rotary tables) and ties what is tied. Refuses where a parameter is missing.
     """
     load = LoadStateDictConfig(
         pretrained_model_name_or_path=str(file),
         weight_mapping=cast(Any, get_model_conversion_mapping(model)),
-        device_map={"": device},
+        device_map={"": torch.device("cpu")},
         dtype=dtype,
         dtype_plan=model._get_dtype_plan(dtype),
     )

@@ -38,6 +38,9 @@ Budget = Annotated[
     typer.Option(help="Memory for trunk, slots and KV: 6GiB, 15% of the bf16 model, half of its experts, min."),
 ]
 Format = Annotated[str | None, typer.Option(help="Experts as int4 (default), nf4 or bf16.")]
+Trunk = Annotated[
+    str | None, typer.Option(help="Attention, shared experts and head as int4 (default on the CPU), nf4 or bf16.")
+]
 Dtype = Annotated[str | None, typer.Option(help="Arithmetic and trunk: bfloat16, float32 or float16.")]
 DeviceName = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
 Ctx = Annotated[str | None, typer.Option(help="Tokens of context to plan for, such as 4096 or 32k.")]
@@ -59,6 +62,7 @@ def chat(
     system: Annotated[str | None, typer.Option(help="A system message to begin with.")] = None,
     budget: Budget = None,
     format: Format = None,
+    trunk: Trunk = None,
     dtype: Dtype = None,
     device: DeviceName = "auto",
     ctx: Ctx = None,
@@ -74,7 +78,8 @@ def chat(
     cache_dir: CacheDir = None,
 ) -> None:
     """Chat with a model in the terminal, or answer one --prompt."""
-    where = {"budget": budget, "format": format, "dtype": dtype, "device": device, "ctx": ctx, "cache_dir": cache_dir}
+    where = {"budget": budget, "format": format, "trunk": trunk, "dtype": dtype, "device": device, "ctx": ctx}
+    where |= {"cache_dir": cache_dir}
     with _engine(model, where) as engine:
         from duoserve import repl
 

@@ -5,7 +5,7 @@ A slab holds the parts of all parameters of one expert one after the other, each
 multiple of 4096 bytes. Matrices are stored (out, in) whatever the checkpoint's orientation. Formats:
 
     bf16   the matrix as it is (bfloat16, or the wider type that was asked for)
-    int4   torch's CPU int4 order: tiles of 64 output rows, K-major, two rows a byte; scale and zero per group along K
+    int4   four bits in the order of torch's CPU kernel, scale and zero per group along K (int4.py)
     nf4    bitsandbytes NF4, blocks of 64 with one float32 maximum each
 """
 
@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from duoserve.core import Refusal
+from duoserve.int4 import Int4Weight, Scratch, group_of, int4_order, quantise, reorder
 
 SLAB_ALIGN = 4096
 PART_ALIGN = 64
@@ -71,31 +72,6 @@ class PlainWeight:
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         return self.w_NK.to(dtype)
-
-
-@dataclass(frozen=True)
-class Int4Weight:
-    """w = (q - 8) * scale + zero, with q in 0..15 and one (scale, zero) per group of `group` columns."""
-
-    packed: torch.Tensor  # (Np, Kp / 2) uint8, in the order of torch's CPU kernel
-    scale_zero: torch.Tensor  # (Kp / group, Np, 2) bfloat16
-    rows: int
-    cols: int
-    group: int
-
-    def linear(self, x_MK: torch.Tensor) -> torch.Tensor:
-        if x_MK.device.type != "cpu":  # right, but slow: a kernel that reads the tiles themselves is still to come
-            return F.linear(x_MK, self.dense(x_MK.dtype))
-        padding = self.packed.shape[1] * 2 - self.cols
-        x = F.pad(x_MK, (0, padding)) if padding else x_MK
-        y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.packed, self.group, self.scale_zero.to(x.dtype))
-        return y[:, : self.rows] if y.shape[1] != self.rows else y
-
-    def dense(self, dtype: torch.dtype) -> torch.Tensor:
-        n, k = self.packed.shape[0], self.packed.shape[1] * 2
-        q_NK = _unpack_tiles(self.packed, n, k).to(torch.float32) - 8
-        scale, zero = self.scale_zero.float().permute(2, 1, 0).repeat_interleave(self.group, dim=2)
-        return (q_NK * scale + zero)[: self.rows, : self.cols].to(dtype)
 
 
 @dataclass(frozen=True)
@@ -182,20 +158,27 @@ class Layout:
         if not param.cols or self.format == "bf16":
             return [value.to(getattr(torch, self.plain))]
         into = [torch.zeros(part.shape, dtype=getattr(torch, part.dtype)) for part in parts]
-        (_encode_int4 if self.format == "int4" else _encode_nf4)(value, *into)
+        (quantise if self.format == "int4" else _encode_nf4)(value, *into)
         return into
 
-    def weights(self, slab: torch.Tensor) -> dict[str, Weight | torch.Tensor]:
+    def weights(self, slab: torch.Tensor, scratch: Scratch | None = None) -> dict[str, Weight | torch.Tensor]:
         """Views into `slab`: a Weight per matrix, a tensor per vector. They stay valid while the memory does."""
+        scratch = scratch or Scratch()
         out: dict[str, Weight | torch.Tensor] = {}
         for param in self.params:
             views = [self._view(slab, part) for part in self.parts if part.param == param.name]
-            out[param.name] = views[0] if not param.cols else self._weight(param, views)
+            out[param.name] = views[0] if not param.cols else self._weight(param, views, scratch)
         return out
 
-    def _weight(self, param: Param, views: list[torch.Tensor]) -> Weight:
+    def reorder(self, slab: torch.Tensor, have: str) -> None:
+        """Turn the int4 matrices of a slab that was packed in the order `have` into this CPU's, in place."""
+        for part in self.parts:
+            if self.format == "int4" and part.what == "packed":
+                reorder(self._view(slab, part), have, int4_order())
+
+    def _weight(self, param: Param, views: list[torch.Tensor], scratch: Scratch) -> Weight:
         if self.format == "int4":
-            return Int4Weight(views[0], views[1], param.rows, param.cols, _group(param.cols))
+            return Int4Weight(views[0], views[1], param.rows, param.cols, int4_order(), scratch)
         if self.format == "nf4":
             return Nf4Weight(views[0], views[1], param.rows, param.cols)
         return PlainWeight(views[0])
@@ -205,63 +188,19 @@ class Layout:
         return slab[part.offset : part.offset + part.n_bytes].view(getattr(torch, part.dtype)).view(part.shape)
 
 
-def int4_order() -> str:
-    """The order in which torch's int4 kernel wants weights on this CPU; a store packed in another one cannot be read."""
-    q_NK = torch.zeros(64, 32, dtype=torch.int32)
-    q_NK[32, 0] = 1  # the high nibble of the very first byte where tiles are 64 rows wide
-    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q_NK, 1)
-    return "tile64" if int(packed.flatten()[0]) == 0x10 else "other"
-
-
 def _parts(format: str, plain: str, param: Param) -> list[tuple[str, str, tuple[int, ...]]]:
     n, k = param.rows, param.cols
     if not k:
         return [("values", plain, (n,))]
     if format == "int4":
-        rows, cols, group = _up(n, 16), _up(k, 32), _group(k)
-        return [("packed", "uint8", (rows, cols // 2)), ("scale_zero", "bfloat16", (cols // group, rows, 2))]
+        rows, cols = _up(n, 16), _up(k, 32)
+        return [("packed", "uint8", (rows, cols // 2)), ("scale_zero", "bfloat16", (cols // group_of(k), rows, 2))]
     if format == "nf4":
         blocks = -(-n * k // NF4_BLOCK)
         return [("packed", "uint8", (-(-n * k // 2),)), ("absmax", "float32", (blocks,))]
     if format != "bf16":
         raise ValueError(f"unknown format {format!r}")
     return [("values", plain, (n, k))]
-
-
-def _encode_int4(w_NK: torch.Tensor, packed: torch.Tensor, scale_zero: torch.Tensor) -> None:
-    n, k = w_NK.shape
-    group, padded_k = _group(k), packed.shape[1] * 2
-    step = max(64, ROWS_PER_CHUNK // padded_k // 64 * 64)  # whole tiles, so chunks pack as the whole would
-    for start in range(0, n, step):
-        stop = min(packed.shape[0], start + step)
-        chunk = torch.zeros(stop - start, padded_k)
-        rows = w_NK[start:stop]
-        chunk[: rows.shape[0], :k] = rows
-        q_NK, scale_zero[:, start:stop] = _quantise(chunk, group)
-        packed[start:stop] = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q_NK, 1).view(stop - start, -1)
-
-
-def _quantise(w_NK: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round to nearest between each group's minimum and maximum, with the scale that will be used: the bfloat16 one."""
-    n, k = w_NK.shape
-    w_NGg = w_NK.view(n, k // group, group)
-    low, high = w_NGg.aminmax(dim=2)
-    scale_NG = ((high - low) / 15).clamp_min(1e-8).bfloat16()
-    zero_NG = (low + 8 * scale_NG.float()).bfloat16()
-    q_NGg = w_NGg.sub_(zero_NG.float()[:, :, None]).div_(scale_NG.float()[:, :, None]).round_().add_(8).clamp_(0, 15)
-    return q_NGg.view(n, k).to(torch.int32), torch.stack((scale_NG, zero_NG), dim=2).transpose(0, 1)
-
-
-def _unpack_tiles(packed: torch.Tensor, n: int, k: int) -> torch.Tensor:
-    """The 4-bit values (n, k) behind torch's CPU order: whole tiles of 64 rows, then one narrower tile in pairs."""
-    whole = n // 64 * 64
-    tiles = packed[:whole].reshape(-1, k, 32)
-    wide = torch.stack((tiles & 15, tiles >> 4), dim=1).transpose(2, 3).reshape(whole, k)
-    if whole == n:
-        return wide
-    tail = packed[whole:].reshape(k, (n - whole) // 2)
-    narrow = torch.stack((tail & 15, tail >> 4), dim=2).reshape(k, n - whole).T
-    return torch.cat((wide, narrow))
 
 
 def _encode_nf4(w_NK: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor) -> None:
@@ -289,10 +228,6 @@ def _bitsandbytes() -> Any:
     finally:
         log.setLevel(level)
     return functional
-
-
-def _group(k: int) -> int:
-    return 64 if k % 64 == 0 else 32
 
 
 def _up(n: int, multiple: int) -> int:

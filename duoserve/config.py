@@ -50,6 +50,7 @@ class EngineConfig:
 
     budget: str | int | None = None
     format: str | None = None
+    trunk: str | None = None
     dtype: str | None = None
     device: str = "auto"
     ctx: int | None = None
@@ -57,6 +58,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         _one_of("format", self.format, FORMATS)
+        _one_of("trunk", self.trunk, FORMATS)
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("device", self.device, DEVICES)
         if isinstance(self.budget, str) and self.budget.strip().endswith("%"):

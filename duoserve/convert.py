@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 import torch
 
 from duoserve.checkpoint import SIDE_FILES, Checkpoint, ExpertsSpec
-from duoserve.codec import Layout, Param, int4_order
+from duoserve.codec import Layout, Param
 from duoserve.config import FORMATS
 from duoserve.core import Refusal, nearest
+from duoserve.int4 import int4_order
 from duoserve.store import (
     ALIGN,
     LOCK,
@@ -82,7 +83,7 @@ class Conversion:
         return f"{self.checkpoint.folder.resolve().name}-{self.checkpoint.fingerprint[:12]}-{self.format}{wide}"
 
     def job(self) -> dict[str, Any]:
-        """What tells this store from every other."""
+        """What tells this store from every other; int4 stores of other CPUs are as good, but not to be continued here."""
         return {
             "fingerprint": self.checkpoint.fingerprint,
             "format": self.format,
@@ -225,7 +226,7 @@ def _prepare(out: Path, job: dict[str, Any], need: int) -> bool:
     """Make `out` ready to be written; False where it already holds just this store."""
     if is_store(out) and not _is_damaged(out):
         have = json.loads((out / MANIFEST).read_text())
-        if all(have.get(name) == value for name, value in job.items()):
+        if all(have.get(name) == value for name, value in job.items() if name != "int4_order"):
             (out / JOB).unlink(missing_ok=True)
             return False
         raise Refusal(

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -61,7 +61,8 @@ def load(model: str | os.PathLike[str] | None = None, *, progress: Progress | No
 
     Options: `budget` "6GiB", "15%" (of the bf16 checkpoint), "min" (two slots), "half" (of the experts), or bytes;
     without one, what is free now less a margin. It covers trunk, slots and the keys and values of `ctx` tokens.
-    `format` int4 (default), nf4, bf16: of the experts, converted once and kept in `cache_dir`. `dtype` of trunk and
+    `format` int4 (default), nf4, bf16: of the experts, converted once and kept in `cache_dir`. `trunk` likewise: of its
+    linears and head, quantised while loading; on the CPU int4 unless the experts are bf16. `dtype` of the rest and of
     arithmetic (default: bfloat16); with "float32" and no `format`, experts stay unquantised, so that logits equal the
     stock float32 model's. `device` auto, cpu, cuda. `progress` is told of a conversion: bytes done, in all, what.
     Unknown options, and budgets below the smallest, raise `Refusal` (a ValueError) of one line.
@@ -72,21 +73,28 @@ def load(model: str | os.PathLike[str] | None = None, *, progress: Progress | No
     with contextlib.ExitStack() as unless_loaded:
         device = open_device(config.device)
         unless_loaded.callback(device.close)
-        store, plan, dtype = _opened(folder, config, device, progress, "half" if model is None else None)
-        unless_loaded.callback(store.close)
-        engine = Engine(store, plan, dtype, device)
+        opened = _opened(folder, config, device, progress, "half" if model is None else None)
+        unless_loaded.callback(opened.store.close)
+        engine = Engine(*opened, device)
         unless_loaded.pop_all()
         return engine
 
 
+class _Opened(NamedTuple):
+    store: Store
+    plan: Plan
+    dtype: torch.dtype
+    trunk: str  # format of the trunk's linears
+
+
 def _opened(
     folder: Path, config: EngineConfig, device: Device, progress: Progress | None, default: str | None
-) -> tuple[Store, Plan, torch.dtype]:
+) -> _Opened:
     """The store behind MODEL, converted if need be, but not before its plan is known to fit."""
     if is_store(folder):
         store = Store(folder)
         try:
-            return store, *_planned(store, config, device, default)
+            return _planned(store, config, device, default)
         except BaseException:
             store.close()
             raise
@@ -94,12 +102,20 @@ def _opened(
     conversion = Conversion.of(folder, format, config.dtype)
     dtype = _dtype(config.dtype, str(conversion.checkpoint.dtype).removeprefix("torch."))
     _tokenizer(folder)  # refuse before an hour of converting
-    plan = make_plan(conversion.size, conversion.checkpoint.config, dtype, config, _free(device), default)
+    trunk = trunk_format(config, format, dtype, device.name)
+    plan = make_plan(conversion.size, conversion.checkpoint.config, dtype, config, _free(device), default, trunk)
     _check_memory(plan, device)
-    return Store(write_store(conversion, cache_dir(config.cache_dir) / conversion.name, progress)), plan, dtype
+    store = Store(write_store(conversion, cache_dir(config.cache_dir) / conversion.name, progress))
+    return _Opened(store, plan, dtype, trunk)
 
 
-def _planned(store: Store, config: EngineConfig, device: Device, default: str | None) -> tuple[Plan, torch.dtype]:
+def trunk_format(config: EngineConfig, format: str, dtype: torch.dtype, device: str) -> str:
+    """What was asked, else four bits on the CPU, whose memory is slow, unless exactness was asked for elsewhere."""
+    exact = format == "bf16" or dtype == torch.float32
+    return config.trunk or ("bf16" if exact or device != "cpu" else "int4")
+
+
+def _planned(store: Store, config: EngineConfig, device: Device, default: str | None) -> _Opened:
     if config.format not in (None, store.format):
         raise Refusal("E_FORMAT", f"the store is {store.format}, asked was {config.format}", "convert the checkpoint")
     if config.dtype == "float32" == store.dtype and store.layouts[0].plain != "float32":
@@ -108,9 +124,10 @@ def _planned(store: Store, config: EngineConfig, device: Device, default: str | 
             stacklevel=4,
         )
     dtype = _dtype(config.dtype, store.dtype)
-    plan = make_plan(store.size, read_config(store.folder), dtype, config, _free(device), default)
+    trunk = trunk_format(config, store.format, dtype, device.name)
+    plan = make_plan(store.size, read_config(store.folder), dtype, config, _free(device), default, trunk)
     _check_memory(plan, device)
-    return plan, dtype
+    return _Opened(store, plan, dtype, trunk)
 
 
 def _check_memory(plan: Plan, device: Device) -> None:
@@ -131,9 +148,9 @@ def _dtype(asked: str | None, stored: str) -> torch.dtype:
 class Engine:
     """A loaded model. `.model` is a stock transformers model whose experts are ours; `.tokenizer` its tokenizer, or None."""
 
-    def __init__(self, store: Store, plan: Plan, dtype: torch.dtype, device: Device):
-        self.store, self.plan, self.dtype, self.device = store, plan, dtype, device
-        loaded = load_model(store, read_config(store.folder), plan, dtype, device)
+    def __init__(self, store: Store, plan: Plan, dtype: torch.dtype, trunk: str, device: Device):
+        self.store, self.plan, self.dtype, self.trunk, self.device = store, plan, dtype, trunk, device
+        loaded = load_model(store, read_config(store.folder), plan, dtype, device, trunk)
         self.model, self.runtime, self._watch = loaded
         self.tokenizer = _tokenizer(store.folder)
         self._turn = threading.Lock()
@@ -234,11 +251,13 @@ class Engine:
         copy, last = self.device.copy, self._last
         used = {
             "trunk_bytes": trunk_bytes(self.model),
+            "scratch_bytes": self.plan.scratch_bytes,
             "kv_bytes": self._watch.kv_peak_bytes,
             "slots_bytes": self.runtime.transfer.memory.numel(),
         }
         planned = {
             "trunk_bytes": self.plan.trunk_bytes,
+            "scratch_bytes": self.plan.scratch_bytes,
             "kv_bytes": self.plan.kv_bytes,
             "slots_bytes": self.plan.slots * self.plan.slot_bytes,
         }
@@ -252,6 +271,7 @@ class Engine:
             "experts": self.plan.experts,
             "ctx": self.plan.ctx,
             "format": self.store.format,
+            "trunk": self.trunk,
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": self.device.name,
             "hits": counts.hits,

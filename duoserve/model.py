@@ -13,10 +13,12 @@ from duoserve.cache import ExpertCache
 from duoserve.checkpoint import build_meta, cache_bytes, find_experts, load_trunk, replace_module
 from duoserve.core import Phase, Refusal, Step
 from duoserve.device import Device, available_ram
+from duoserve.int4 import Scratch
 from duoserve.moe import OffloadedExperts, Runtime
 from duoserve.plan import Plan, size
 from duoserve.store import Store
 from duoserve.transfer import HostTier, Transfer
+from duoserve.trunk import quantise_linears, settle
 
 RAM_MARGIN = 4 << 30  # left to the rest of the machine, or a tenth of what is free where that is more
 
@@ -30,8 +32,10 @@ class Loaded(NamedTuple):
     watch: PassWatch
 
 
-def load_model(store: Store, config: Any, plan: Plan, dtype: torch.dtype, device: Device) -> Loaded:
-    """Build on meta, take the experts out, fill the trunk; the slots are allocated here, once."""
+def load_model(
+    store: Store, config: Any, plan: Plan, dtype: torch.dtype, device: Device, trunk: str = "bf16"
+) -> Loaded:
+    """Build on meta, take the experts out, fill the trunk; the slots are allocated here, once. `trunk`: its format."""
     model = build_meta(config, dtype)
     specs = find_experts(model)
     if [spec.name for spec in specs] != [layer.module for layer in store.layers]:
@@ -42,10 +46,13 @@ def load_model(store: Store, config: Any, plan: Plan, dtype: torch.dtype, device
             5,
         )
     cache = ExpertCache(plan.slots, [layer.n_experts for layer in store.layers])
-    runtime = Runtime(device, cache, Transfer(device, store, cache, _host_tier(device, store)))
+    scratch = Scratch(device.arena(plan.scratch_bytes))
+    runtime = Runtime(device, cache, Transfer(device, store, cache, _host_tier(device, store), scratch))
     for layer, spec in enumerate(specs):
         replace_module(model, spec.name, OffloadedExperts(spec.module, layer, runtime))
-    load_trunk(model, store.trunk, dtype, device.torch_device)
+    load_trunk(model, store.trunk, dtype)
+    linears = quantise_linears(model, trunk, {spec.n_experts for spec in specs}, scratch)
+    settle(model, linears, device)
     if (store.folder / "generation_config.json").is_file():
         model.generation_config = transformers.GenerationConfig.from_pretrained(store.folder)
     watch = PassWatch(runtime, plan)

@@ -1,6 +1,6 @@
 """What fits: trunk, keys and values, slots. Knows sizes and the budget; the same arithmetic that the engine allocates by.
 
-budget >= trunk + KV(ctx) + slots * slab,   at least two slots, at most one per expert
+budget >= trunk + scratch + KV(ctx) + slots * slab,   at least two slots, at most one per expert
 """
 
 from __future__ import annotations
@@ -15,10 +15,13 @@ from torch import nn
 from duoserve.checkpoint import build_meta, find_experts, kv_bytes, kv_period, model_limit, replace_module, tensor_bytes
 from duoserve.config import EngineConfig, parse_share, parse_size
 from duoserve.core import Refusal
+from duoserve.int4 import SCRATCH_BYTES
 from duoserve.store import StoreSize
+from duoserve.trunk import quantise_linears
 
 MIN_SLOTS = 2  # one computes while the other fills
 FLOOR_CTX = 4096
+LEAST_SCRATCH = 256 << 10
 GIB = 1 << 30
 
 
@@ -28,6 +31,7 @@ class Plan:
 
     budget_bytes: int
     trunk_bytes: int
+    scratch_bytes: int  # for unpacking a stretch of a matrix
     kv_bytes: int
     slot_bytes: int
     slots: int
@@ -43,7 +47,7 @@ class Plan:
 
     @property
     def planned_bytes(self) -> int:
-        return self.trunk_bytes + self.kv_bytes + self.slots * self.slot_bytes
+        return self.trunk_bytes + self.scratch_bytes + self.kv_bytes + self.slots * self.slot_bytes
 
     def kv_of(self, batch: int, length: int) -> int:
         """Bytes that keys and values of `batch` sequences of `length` tokens take, at most."""
@@ -81,11 +85,14 @@ class _Shape(nn.Module):
 class Sizes:
     """A model's sizes from its config alone, on the meta device."""
 
-    def __init__(self, config: Any, dtype: torch.dtype):
+    def __init__(self, config: Any, dtype: torch.dtype, trunk: str = "bf16"):
         self.model = build_meta(config, dtype)
-        for spec in find_experts(self.model):
+        specs = find_experts(self.model)
+        for spec in specs:
             replace_module(self.model, spec.name, _Shape(spec.module, self.model.config.model_type))
+        quantise_linears(self.model, trunk, {spec.n_experts for spec in specs})
         self.trunk_bytes = tensor_bytes(self.model, dtype)
+        self.scratch_bytes = min(SCRATCH_BYTES, max(LEAST_SCRATCH, self.trunk_bytes // 8))
         self.limit = model_limit(self.model.config)
         self._period = kv_period(self.model.config)
         self._kv: dict[int, int] = {}
@@ -112,18 +119,20 @@ def make_plan(
     options: EngineConfig,
     free_bytes: int,
     default: str | None = None,
+    trunk: str = "bf16",
 ) -> Plan:
     """Divide the budget. Raises Refusal with the smallest budget where it does not suffice.
 
+    `trunk` is the format of its linears.
     Without `ctx`, keys and values get min(4096, the model's limit) tokens, and what is left once every expert is resident.
     """
-    sizes = Sizes(config, dtype)
+    sizes = Sizes(config, dtype, trunk)
     floor = options.ctx or min(FLOOR_CTX, sizes.limit or FLOOR_CTX)
     if sizes.limit and floor > sizes.limit:
         warnings.warn(
             f"a context of {floor} tokens is more than the {sizes.limit} the model was made for", stacklevel=2
         )
-    fixed = sizes.trunk_bytes + sizes.kv_bytes(floor)
+    fixed = sizes.trunk_bytes + sizes.scratch_bytes + sizes.kv_bytes(floor)
     smallest = fixed + min(MIN_SLOTS, store.n_experts) * store.slab_bytes
     asked = options.budget if options.budget is not None else default
     budget = _budget_bytes(asked, store, smallest, fixed, free_bytes)
@@ -132,11 +141,12 @@ def make_plan(
     slots = min(store.n_experts, (budget - fixed) // store.slab_bytes)
     ctx = floor
     if options.ctx is None and slots == store.n_experts:
-        ctx = _longest(sizes, floor, budget - sizes.trunk_bytes - slots * store.slab_bytes)
+        ctx = _longest(sizes, floor, budget - sizes.trunk_bytes - sizes.scratch_bytes - slots * store.slab_bytes)
     token = sizes.kv_bytes(2) - sizes.kv_bytes(1)
     return Plan(
         budget_bytes=budget,
         trunk_bytes=sizes.trunk_bytes,
+        scratch_bytes=sizes.scratch_bytes,
         kv_bytes=sizes.kv_bytes(ctx),
         slot_bytes=store.slab_bytes,
         slots=slots,
@@ -150,8 +160,8 @@ def make_plan(
 
 def _too_small(budget: int, smallest: int, sizes: Sizes, ctx: int, store: StoreSize) -> Refusal:
     parts = (
-        f"trunk {size(sizes.trunk_bytes)}, keys and values of {ctx} tokens {size(sizes.kv_bytes(ctx))} "
-        f"and {MIN_SLOTS} slots of {size(store.slab_bytes)}"
+        f"trunk {size(sizes.trunk_bytes)}, scratch {size(sizes.scratch_bytes)}, keys and values of {ctx} tokens "
+        f"{size(sizes.kv_bytes(ctx))} and {MIN_SLOTS} slots of {size(store.slab_bytes)}"
     )
     return Refusal(
         "E_BUDGET",

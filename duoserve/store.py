@@ -24,8 +24,9 @@ from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
-from duoserve.codec import Layout, int4_order
+from duoserve.codec import Layout
 from duoserve.core import Key, Refusal
+from duoserve.int4 import ORDERS
 
 KIND, VERSION = "duoserve-expert-store", 1
 MANIFEST, TRUNK, LOCK = "manifest.json", "trunk.safetensors", ".lock"
@@ -70,12 +71,15 @@ class Store:
             self.files: dict[str, dict[str, Any]] = {
                 str(name): dict(written) for name, written in data["files"].items()
             }
+            self._order = str(data.get("int4_order"))
             self._fds: list[int] = []
             for layer in self.layers:
                 self._fds.append(self._open(layer))
             self._seen = [bytearray(layer.n_experts) for layer in self.layers]
             if any(layout.format != self.format for layout in self.layouts) or self.slab_bytes < ALIGN:
                 raise ValueError(f"layouts are not {self.format!r}")
+            if self.format == "int4" and self._order not in ORDERS:
+                raise ValueError(f"int4 order {self._order!r}")
             if self.dtype not in ("bfloat16", "float16", "float32"):
                 raise ValueError(f"dtype {self.dtype!r}")
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
@@ -85,13 +89,6 @@ class Store:
             raise Refusal(
                 "E_STORE", f"{folder / MANIFEST} is incomplete ({error!r})", "convert the model again", 5
             ) from error
-        if self.format == "int4" and data.get("int4_order") != int4_order():
-            raise Refusal(
-                "E_STORE",
-                f"the store's int4 order {data.get('int4_order')!r} is not this CPU's {int4_order()!r}",
-                "convert the model on this machine",
-                5,
-            )
 
     @property
     def trunk(self) -> Path:
@@ -134,6 +131,7 @@ class Store:
         if not self._seen[key.layer][key.expert]:
             self._check(layer, key.expert, zlib.crc32(view))
             self._seen[key.layer][key.expert] = 1
+        self.layout(key.layer).reorder(buffer[:length], self._order)  # where another kind of CPU made the store
 
     def verify(self) -> Iterator[str]:
         """Read every byte; yields a line for each file or slab that is not as it was written, and for each stray file."""

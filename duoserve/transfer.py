@@ -20,6 +20,7 @@ from duoserve.cache import ExpertCache, Slot
 from duoserve.codec import Weight
 from duoserve.core import Key, Lane
 from duoserve.device import DONE, Device, Event, host_arena
+from duoserve.int4 import Scratch
 from duoserve.store import Store
 
 
@@ -35,8 +36,15 @@ class Counts(NamedTuple):
 class Transfer:
     """The slots' memory and the way into it."""
 
-    def __init__(self, device: Device, store: Store, cache: ExpertCache, host: HostTier | None = None):
-        self.device, self.store, self.cache, self.host = device, store, cache, host
+    def __init__(
+        self,
+        device: Device,
+        store: Store,
+        cache: ExpertCache,
+        host: HostTier | None = None,
+        scratch: Scratch | None = None,
+    ):
+        self.device, self.store, self.cache, self.host, self.scratch = device, store, cache, host, scratch
         self.slab_bytes = store.slab_bytes
         self.memory = device.arena(len(cache.slots) * self.slab_bytes)
         self._weights: dict[tuple[int, int], dict[str, Weight | torch.Tensor]] = {}
@@ -53,7 +61,7 @@ class Transfer:
         layer = self.store.layers[slot.key.layer]
         at = (slot.index, layer.layout)
         if at not in self._weights:
-            self._weights[at] = self.store.layouts[layer.layout].weights(self.slab(slot))
+            self._weights[at] = self.store.layouts[layer.layout].weights(self.slab(slot), self.scratch)
         return self._weights[at]
 
     def fetch(self, slot: Slot, lane: Lane) -> Slot:
