@@ -69,13 +69,20 @@ class ExpertCache:
         index = self._slot[self._at(key)]
         return self.slots[index] if index >= 0 else None
 
+    def absent(self, layer: int) -> list[Key]:
+        """The experts of a layer that sit in no slot."""
+        first, end = self._first[layer], self._first[layer + 1]
+        return [Key(layer, int(e)) for e in np.flatnonzero(self._slot[first:end] < 0)]
+
     def turn(self, layer: int, rows: int, chosen: Mapping[int, int]) -> None:
         """A layer's router has spoken for `rows` tokens: `chosen` is how many of them each expert got."""
         self._turn = layer
         kept = DECAY**rows
         worth = self._worth[self._first[layer] : self._first[layer + 1]]
         worth *= kept
-        worth[list(chosen)] += np.fromiter(chosen.values(), float, len(chosen)) * ((1 - kept) / (1 - DECAY) / rows)
+        per_row = (1 - kept) / (1 - DECAY) / rows
+        for expert, n in chosen.items():
+            worth[expert] += n * per_row
 
     def claim(self, key: Key, sparing: int | None = None) -> Slot | None:
         """A pinned slot for a key that has none, nothing of layer `sparing` evicted for it; None while there is none.

@@ -10,8 +10,9 @@ packs; whatever is left below a whole tile is one narrower tile with its rows in
     tile32   byte [k * 16 + n % 16], low nibble row n, high nibble row n + 16       AVX2
     pair32   byte [k * 16 + n // 2], low nibble row n, high nibble row n + 1        all other CPUs
 
-The kernel is made for few rows of x. Above `dense_rows` a stretch of the matrix is unpacked into scratch memory and
-multiplied there: a choice by shape, type and CPU alone, so that it is the same whatever the budget.
+native.py multiplies in bfloat16, any number of rows, where CPU and matrix are made for it. Elsewhere torch's kernel does,
+which is made for few rows of x: above `dense_rows` a stretch of the matrix is unpacked into scratch memory and multiplied
+there. Which one is a choice by shape, type and CPU alone, so that it is the same whatever the budget.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from functools import cache
 
 import torch
 import torch.nn.functional as F
+
+from duoserve import native
 
 CHUNK = 1 << 20  # elements quantised at a time: they stay in a core's cache
 SCRATCH_BYTES = 16 << 20  # 12 MiB and more are as fast (benchmarks/rows.py), 4 MiB a tenth slower
@@ -64,6 +67,10 @@ class Int4Weight:
         """x @ W.T in the dtype of x, shape (M, rows)."""
         padding = self.packed.shape[1] * 2 - self.cols
         x = F.pad(x_MK, (0, padding)) if padding else x_MK.contiguous()
+        if x.device.type == "cpu":
+            y = native.linear(x, self.packed, self.scale_zero, self.order, self.group)
+            if y is not None:
+                return y[:, : self.rows] if y.shape[1] != self.rows else y
         if x.shape[0] >= dense_rows(x.dtype, x.device.type):
             return self._unpacked_product(x)
         y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.packed, self.group, self.scale_zero)
@@ -105,7 +112,7 @@ class Int4Weight:
         q_Kn = unpack(self.packed[start:stop], self.order, rest)
         w_GgN = values.view(k // self.group, self.group, n)
         w_GgN.copy_(q_Kn.sub_(8).view(w_GgN.shape))
-        scale, zero = self.scale_zero[:, start:stop].permute(2, 0, 1).to(dtype, memory_format=torch.contiguous_format)
+        scale, zero = self.scale_zero[:, start:stop].permute(2, 0, 1).to(dtype).contiguous()
         torch.addcmul(zero[:, None], w_GgN, scale[:, None], out=w_GgN)
         return values.view(k, n)
 

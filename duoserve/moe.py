@@ -152,8 +152,10 @@ class OffloadedExperts(nn.Module):
         self.num_experts = spec.num_experts
         self._layer, self._runtime, self._expert = layer, runtime, expert_function(spec)
 
-    @torch.no_grad()
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return self.forward(hidden_states, top_k_index, top_k_weights)
         return self._runtime.run(self._layer, self._expert, hidden_states, top_k_index, top_k_weights)

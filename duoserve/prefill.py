@@ -40,4 +40,4 @@ class Prefill:
         after = layer + 1
         if after >= len(self._experts) or needed < DENSE * self._experts[layer]:
             return deque()
-        return deque(key for e in range(self._experts[after]) if (key := Key(after, e)) not in self._cache)
+        return deque(self._cache.absent(after))
