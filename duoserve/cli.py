@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import sys
 import time
@@ -107,6 +108,42 @@ def convert(
         folder = make_store(resolve(model), out, format, dtype, progress)
     total = sum(file.stat().st_size for file in folder.iterdir())
     print(f"{folder}: {format} expert store, {size(total)}")
+
+
+@app.command()
+def plan(
+    model: Model = None,
+    budget: Budget = None,
+    format: Format = None,
+    dtype: Dtype = None,
+    device: DeviceName = "auto",
+    ctx: Ctx = None,
+    ram: Annotated[str | None, typer.Option(help="Plan as if this much memory were free, such as 24GiB.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    cache_dir: CacheDir = None,
+) -> None:
+    """What fits and what it will cost, from the config alone; loads and downloads no weights."""
+    from duoserve.config import EngineConfig, parse_size
+
+    options: dict[str, Any] = {"budget": budget, "format": format, "dtype": dtype, "device": device, "ctx": ctx}
+    EngineConfig.of(**options)  # refuse before torch is imported, as below
+    if ram is not None:
+        parse_size(ram, "ram")
+    from duoserve import outlook
+
+    found = outlook.look(model, ram=ram, **options)
+    for warning in found.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    if as_json:
+        print(json.dumps(found.to_json()))
+    else:
+        _print_rows(outlook.table(found))
+
+
+def _print_rows(rows: list[tuple[str, str]]) -> None:
+    width = max(len(name) for name, _ in rows) + 2
+    for name, value in rows:
+        print(f"{name:{width}s}{value}")
 
 
 @app.command()

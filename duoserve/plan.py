@@ -19,6 +19,7 @@ from duoserve.store import StoreSize
 
 MIN_SLOTS = 2  # one computes while the other fills
 FLOOR_CTX = 4096
+CPU_MARGIN, GPU_MARGIN = (4 << 30, 0.10), (1 << 30, 0.05)  # left free where no budget is given: at least bytes, share
 GIB = 1 << 30
 
 
@@ -63,6 +64,7 @@ class _Shape(nn.Module):
     def __init__(self, spec: Any, kind: str):
         super().__init__()
         self.kind = kind
+        self.choices: int | None = None  # experts a token takes, once it was called
         for name, child in spec.named_children():
             if next(child.parameters(), None) is not None:
                 self.add_module(name, child)
@@ -75,6 +77,7 @@ class _Shape(nn.Module):
                 f"{self.kind!r} calls its experts with {shapes}, not (rows, hidden), (rows, k), (rows, k)",
                 "this family cannot be offloaded yet",
             )
+        self.choices = shapes[1][1]
         return torch.empty_like(args[0] if args else next(iter(kwargs.values())))
 
 
@@ -83,12 +86,18 @@ class Sizes:
 
     def __init__(self, config: Any, dtype: torch.dtype):
         self.model = build_meta(config, dtype)
-        for spec in find_experts(self.model):
-            replace_module(self.model, spec.name, _Shape(spec.module, self.model.config.model_type))
+        self._experts = {s.name: _Shape(s.module, self.model.config.model_type) for s in find_experts(self.model)}
+        for name, shape in self._experts.items():
+            replace_module(self.model, name, shape)
         self.trunk_bytes = tensor_bytes(self.model, dtype)
         self.limit = model_limit(self.model.config)
         self._period = kv_period(self.model.config)
         self._kv: dict[int, int] = {}
+
+    @property
+    def choices(self) -> list[int | None]:
+        """Experts that a token takes in each MoE layer; None where the model has not run."""
+        return [shape.choices for shape in self._experts.values()]
 
     def kv_bytes(self, tokens: int) -> int:
         """Bytes of the cache of one sequence. Far beyond windows it is extended by its growth per period, because some
@@ -146,6 +155,32 @@ def make_plan(
         kv_state_bytes=sizes.kv_bytes(1) - token,
         kv_token_bytes=token,
     )
+
+
+def default_budget(device: str, free_bytes: int) -> int:
+    """What may be taken where nobody said: what is free less a margin."""
+    least, share = CPU_MARGIN if device == "cpu" else GPU_MARGIN
+    return max(0, free_bytes - max(least, int(share * free_bytes)))
+
+
+def host_slabs(store: StoreSize, free_bytes: int) -> int:
+    """Slabs of the host tier between a disk and a GPU: as many as fit what is free, less a margin."""
+    return max(MIN_SLOTS, min(store.n_experts, default_budget("cpu", free_bytes) // store.slab_bytes))
+
+
+def check_memory(plan: Plan, free_bytes: int) -> None:
+    if plan.planned_bytes > free_bytes:
+        raise Refusal(
+            "E_MEMORY",
+            f"the plan takes {size(plan.planned_bytes)}, {size(free_bytes)} are free",
+            "lower --budget or --ctx, or free some memory",
+            4,
+        )
+
+
+def compute_dtype(asked: str | None, stored: str) -> torch.dtype:
+    """Of trunk and arithmetic, for a checkpoint stored as `stored`."""
+    return getattr(torch, asked or ("bfloat16" if stored == "float32" else stored))
 
 
 def _too_small(budget: int, smallest: int, sizes: Sizes, ctx: int, store: StoreSize) -> Refusal:

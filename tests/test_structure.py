@@ -13,13 +13,13 @@ ROOT = Path(__file__).parent.parent
 FLOORS = {
     0: {"version", "core", "config", "device", "codec", "checkpoint"},
     1: {"store", "cache", "experts"},
-    2: {"convert", "transfer"},
-    3: {"prefill", "decode"},
+    2: {"convert", "transfer", "profile"},
+    3: {"prefill", "decode", "estimate"},
     4: {"moe"},
     5: {"plan"},
-    6: {"model"},
+    6: {"model", "needs"},
     7: {"engine"},
-    8: {"conversation"},
+    8: {"conversation", "outlook"},
     9: {"repl"},
     10: {"cli"},
 }
