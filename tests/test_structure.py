@@ -19,8 +19,8 @@ FLOORS = {
     5: {"plan"},
     6: {"model", "needs"},
     7: {"engine"},
-    8: {"conversation", "outlook"},
-    9: {"repl"},
+    8: {"conversation", "outlook", "measure"},
+    9: {"repl", "doctor"},
     10: {"cli"},
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
