@@ -258,6 +258,8 @@ def _rates(p: Profile, disk: dict[str, Any]) -> list[tuple[str, str]]:
         rate = f"{1e-9 / first[1]:.1f} G weights/s with {first[0]} row"
         rate += f", {2e-9 * last[0] / last[1]:.0f} GFLOP/s with {last[0]}"
         rows.append((f"{name} products", rate))
+    attention = f"{p.attention.decode / 1e9:.1f} GFLOP/s with one query, {p.attention.prompt / 1e9:.0f} with a prompt's"
+    rows.append(("attention", attention))
     rows.append(("an operation", f"{1e6 * p.warm.op_s:.1f} to {1e6 * p.cold.op_s:.1f} us beside its bytes"))
     layers = f"{1e6 * p.warm.layer_s:.0f} to {1e6 * p.cold.layer_s:.0f} us"
     each_s = f"{1e6 * p.warm.expert_s:.0f} to {1e6 * p.cold.expert_s:.0f} us"

@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 
 from duoserve.profile import Launch, Profile
 
+COPIES = 2  # transformers' growing cache is read and written once more with every token
+
 
 class LayerNeeds(NamedTuple):
     """One MoE layer: its experts, how many a token takes, and the size of each."""
@@ -29,7 +31,10 @@ class LayerNeeds(NamedTuple):
 
 @dataclass(frozen=True)
 class Needs:
-    """What one token needs, wherever it runs. `ops`: operations of the stock model in a pass of one token."""
+    """What one token needs, wherever it runs. `ops`: operations of the stock model in a pass of one token.
+
+    Attention's FLOPs are four for each head, query, key and dimension, masked or not.
+    """
 
     layers: tuple[LayerNeeds, ...]
     expert_format: str
@@ -37,13 +42,20 @@ class Needs:
     trunk_weights: int  # multiplied by every row
     head_weights: int  # multiplied by the last row only
     trunk_bytes: int  # read by every pass, head included, tables looked up in not
-    kv_token_bytes: int
+    kv_bytes: int  # that a token reads and the cache copies, `context` tokens in
     ops: int
+    context: int  # tokens behind a decoded token, and of the prompt
+    token_attention_flops: int
+    prompt_attention_flops: int
 
     @property
     def active_bytes(self) -> int:
         """Of the experts that one token takes."""
         return sum(layer.choices * layer.slab_bytes for layer in self.layers)
+
+    def to_json(self) -> dict[str, Any]:
+        layers = [layer._asdict() for layer in self.layers]
+        return asdict(self) | {"layers": layers, "active_bytes": self.active_bytes}
 
 
 class Shares(NamedTuple):
@@ -89,11 +101,9 @@ class _Road(NamedTuple):
     together: float
 
 
-def estimate(needs: Needs, shares: Shares, profile: Profile, prompt: int = 512, behind: int = 512) -> Estimate:
-    """`behind`: tokens of context that a decoded token reads keys and values of."""
-    kv_bytes = needs.kv_token_bytes * behind
+def estimate(needs: Needs, shares: Shares, profile: Profile) -> Estimate:
     missed = (1 - shares.slots) * needs.active_bytes
-    token_bytes = needs.trunk_bytes + needs.active_bytes + kv_bytes
+    token_bytes = needs.trunk_bytes + needs.active_bytes + needs.kv_bytes
     road = {layer: _road(layer.slab_bytes, shares, profile) for layer in set(needs.layers)}
     fastest = max(road[layer].together for layer in needs.layers)
     memory_s, road_s = token_bytes / profile.memory, missed / fastest
@@ -101,25 +111,24 @@ def estimate(needs: Needs, shares: Shares, profile: Profile, prompt: int = 512, 
         token_bytes=token_bytes,
         missed_bytes=missed,
         misses=(1 - shares.slots) * sum(layer.choices for layer in needs.layers),
-        resident_s=_step(needs, 1.0, profile, profile.cold, road, kv_bytes),
-        token_s=_step(needs, shares.slots, profile, profile.cold, road, kv_bytes),
-        low_s=_step(needs, shares.slots, profile, profile.warm, road, kv_bytes),
+        resident_s=_step(needs, 1.0, profile, profile.cold, road),
+        token_s=_step(needs, shares.slots, profile, profile.cold, road),
+        low_s=_step(needs, shares.slots, profile, profile.warm, road),
         limit_s=max(memory_s, road_s),
         limited_by="memory" if memory_s >= road_s else "link" if profile.link and shares.disk == 0 else "disk",
-        prompt=prompt,
-        prompt_compute_s=_prompt_compute(needs, prompt, profile),
+        prompt=needs.context,
+        prompt_compute_s=_prompt_compute(needs, profile),
         prompt_stream_s=sum(
-            (1 - shares.slots) * _distinct(layer, prompt) * layer.slab_bytes / road[layer].together
+            (1 - shares.slots) * _distinct(layer, needs.context) * layer.slab_bytes / road[layer].together
             for layer in needs.layers
         ),
     )
 
 
-def _step(
-    needs: Needs, residency: float, profile: Profile, launch: Launch, road: dict[LayerNeeds, _Road], kv_bytes: int
-) -> float:
+def _step(needs: Needs, residency: float, profile: Profile, launch: Launch, road: dict[LayerNeeds, _Road]) -> float:
     trunk = (needs.trunk_weights + needs.head_weights) * profile.weight_s(needs.trunk_format, 1)
-    rest = needs.ops * launch.op_s + kv_bytes / profile.memory
+    rest = needs.ops * launch.op_s + needs.token_attention_flops / profile.attention.decode
+    rest += COPIES * needs.kv_bytes / profile.memory
     return trunk + rest + sum(_layer(layer, needs, residency, profile, launch, road[layer]) for layer in needs.layers)
 
 
@@ -145,9 +154,10 @@ def _road(slab_bytes: int, shares: Shares, profile: Profile) -> _Road:
     return _Road(1 / (link_s + from_disk / alone), 1 / max(link_s, from_disk / together))
 
 
-def _prompt_compute(needs: Needs, rows: int, profile: Profile) -> float:
-    """Products and operations; attention's own quadratic part is left out, small at these lengths."""
-    seconds = needs.trunk_weights * profile.weight_s(needs.trunk_format, rows) + needs.ops * profile.cold.op_s
+def _prompt_compute(needs: Needs, profile: Profile) -> float:
+    rows = needs.context
+    seconds = needs.prompt_attention_flops / profile.attention.prompt
+    seconds += needs.trunk_weights * profile.weight_s(needs.trunk_format, rows) + needs.ops * profile.cold.op_s
     seconds += needs.head_weights * profile.weight_s(needs.trunk_format, 1)
     for layer in needs.layers:
         distinct = _distinct(layer, rows)

@@ -25,9 +25,9 @@ from duoserve.codec import Layout, Param
 from duoserve.core import Refusal
 from duoserve.device import PAGE, Device, WorkerStream, host_arena, open_device
 from duoserve.engine import load
-from duoserve.needs import count_ops
+from duoserve.needs import count_passes
 from duoserve.plan import Sizes, size
-from duoserve.profile import DiskRate, Launch, Link, Profile
+from duoserve.profile import Attention, DiskRate, Launch, Link, Profile
 from duoserve.store import open_direct
 from duoserve.version import __version__
 
@@ -41,6 +41,7 @@ SIDE = 2048  # of the matrices: as experts have
 CALL_S = 0.04  # per round of one kind of product
 STEPS = 30
 _LAYERS = 8
+_HEADS, _KEYS, _HEAD_DIM = 16, 512, 64  # attention as mid-sized models have it
 _TOY = {
     "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": _LAYERS, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": 64, "max_position_embeddings": 512, "eos_token_id": None,
@@ -73,6 +74,7 @@ def measure(
         say("memory and products")
         memory = measure_memory(device, rounds)
         matrix = {name: _products(device, *kind, rounds) for name, kind in _formats().items()}
+        attention = measure_attention(device, rounds)
         say("operations")
         warm, cold = measure_launch(folder, device, rounds)
         link = measure_link(device, rounds)
@@ -82,10 +84,13 @@ def measure(
             disk=disk.rates,
             memory=memory,
             matrix=matrix,
+            attention=attention,
             warm=warm,
             cold=cold,
             link=link,
-            sources=dict.fromkeys(("disk", "memory", "matrix", "launch", *(("link",) if link else ())), source),
+            sources=dict.fromkeys(
+                ("disk", "memory", "matrix", "attention", "launch", *(("link",) if link else ())), source
+            ),
         )
     finally:
         device.close()
@@ -226,10 +231,32 @@ def _per_call(device: Device, weights: list[Any], x: torch.Tensor, rounds: int) 
 
     burst(1)
     calls = max(1, int(BURST_S / 10 / burst(2)))
-    samples, began = [], time.perf_counter()
+    samples: list[float] = []
+    began = time.perf_counter()
     while len(samples) < 3 or time.perf_counter() - began < CALL_S * rounds:
         samples.append(burst(calls))
     return statistics.median(samples)
+
+
+def measure_attention(device: Device, rounds: int) -> Attention:
+    """As transformers calls it in bfloat16, over keys that no cache holds."""
+    shape = (1, _HEADS, _KEYS, _HEAD_DIM)
+    sets = _beyond_caches() // (4 * _HEADS * _KEYS * _HEAD_DIM)
+    keys = [torch.randn(shape).to(device.torch_device, torch.bfloat16) for _ in range(sets)]
+    flops = 4 * _HEADS * _KEYS * _HEAD_DIM
+
+    def rate(queries: int) -> float:
+        x = keys[0][:, :, :queries]
+        pairs = cycle(zip(keys, reversed(keys), strict=True))
+
+        def attend() -> None:
+            k, v = next(pairs)
+            device.read(torch.nn.functional.scaled_dot_product_attention(x, k, v, is_causal=queries > 1)[0, 0, :1, :1])
+
+        return queries * flops / statistics.median([_seconds(attend) for _ in range(4 + 4 * rounds)][4:])
+
+    with torch.inference_mode():
+        return Attention(rate(1), rate(_KEYS))
 
 
 def measure_launch(folder: Path, device: Device, rounds: int) -> tuple[Launch, Launch]:
@@ -263,14 +290,14 @@ def _launch(steps: list[_Step], dense_ops: int, moe_ops: int, emptied: int, roun
 
 def _dense(device: Device) -> tuple[int, Any]:
     with torch.device("meta"):
-        ops = count_ops(_toy("llama", {}))
+        ops = count_passes(_toy("llama", {}), 16).ops
     return ops, _toy("llama", {}).to(device.torch_device)
 
 
 def _moe(folder: Path, choices: int, device: Device, opened: ExitStack) -> tuple[int, Any]:
     """A toy in the engine itself, every expert resident."""
     _toy("mixtral", {"num_local_experts": _EXPERTS, "num_experts_per_tok": choices}).save_pretrained(folder)
-    ops = count_ops(Sizes(read_config(folder), torch.bfloat16).model)
+    ops = count_passes(Sizes(read_config(folder), torch.bfloat16).model, 16).ops
     engine = opened.enter_context(
         load(folder, budget="1GiB", ctx=512, cache_dir=str(folder), device=device.name, format="int4")
     )

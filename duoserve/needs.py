@@ -5,9 +5,10 @@ slab layouts; knows nothing of machines, budgets or seconds.
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.fx.experimental._config as torch_shapes
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -16,6 +17,7 @@ from duoserve.core import Refusal
 from duoserve.estimate import LayerNeeds, Needs
 from duoserve.plan import Sizes
 
+CONTEXT = 512  # tokens that a decoded token looks back on, and of the prompt whose time is estimated
 _PLAIN = {torch.bfloat16: "bf16", torch.float16: "float16", torch.float32: "float32"}
 _CHOICES = re.compile(r"(num_)?experts?_per_tok(en)?|(moe_)?top_?k|moe_k|top_k_experts|moe_topk")
 
@@ -23,8 +25,7 @@ _CHOICES = re.compile(r"(num_)?experts?_per_tok(en)?|(moe_)?top_?k|moe_k|top_k_e
 def count_needs(config: Any, dtype: torch.dtype, layouts: list[Layout], experts: list[int], format: str) -> Needs:
     """`layouts` and `experts` of each MoE layer; `format` of the experts."""
     sizes = Sizes(config, dtype)
-    sizes.kv_bytes(1)  # runs the model once: the stand-ins have seen a route
-    ops = count_ops(sizes.model)
+    counted = count_passes(sizes.model, CONTEXT)
     choices = [k or _choices(config) for k in sizes.choices]
     tables, head = _tables(sizes.model), _head(sizes.model)
     lookups = sum(p.numel() for p in tables if p is not head)
@@ -41,36 +42,51 @@ def count_needs(config: Any, dtype: torch.dtype, layouts: list[Layout], experts:
         trunk_weights=read - head_weights,
         head_weights=head_weights,
         trunk_bytes=sizes.trunk_bytes - lookups * dtype.itemsize,
-        kv_token_bytes=sizes.kv_bytes(2) - sizes.kv_bytes(1),
-        ops=ops,
+        kv_bytes=sizes.kv_bytes(CONTEXT),
+        ops=counted.ops,
+        context=CONTEXT,
+        token_attention_flops=counted.token_attention_flops,
+        prompt_attention_flops=counted.prompt_attention_flops,
     )
 
 
 class _Counter(TorchDispatchMode):
+    """Operations, views included, and the FLOPs of those that multiply two activations: attention's."""
+
     def __init__(self) -> None:
         super().__init__()
-        self.ops = 0
+        self.ops = self.attention_flops = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
         self.ops += 1
-        return func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten.bmm.default, torch.ops.aten.baddbmm.default):
+            self.attention_flops += 2 * out.numel() * args[-1].shape[-2]
+        return out
 
 
-def count_ops(model: Any) -> int:
-    """Operations of a pass of one token behind another, views included; on meta, so that any two models compare."""
-    ids = torch.zeros(1, 1, dtype=torch.long, device="meta")
-    counter = _Counter()
+class Counted(NamedTuple):
+    ops: int  # of a pass of one token
+    token_attention_flops: int
+    prompt_attention_flops: int
+
+
+def count_passes(model: Any, context: int) -> Counted:
+    """A prompt of `context` tokens and one token behind it; on meta, so that any two models compare."""
+    ids = torch.zeros(1, context, dtype=torch.long, device="meta")
+    prompt, token = _Counter(), _Counter()
     try:
-        with torch.no_grad():
-            cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
-            with counter:
-                model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        with torch.no_grad(), torch_shapes.patch(meta_nonzero_assume_all_nonzero=True):  # type: ignore[attr-defined]
+            with prompt:
+                cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+            with token:
+                model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True, logits_to_keep=1)
     except Exception as error:  # some attentions cannot run on meta
         kind = model.config.model_type
         raise Refusal(
             "E_ESTIMATE", f"{kind!r} does not run on the meta device", "measure it with chat --json"
         ) from error
-    return counter.ops
+    return Counted(token.ops, token.attention_flops, prompt.attention_flops)
 
 
 def _choices(config: Any) -> int:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,7 +55,7 @@ class Outlook:
         about = {
             name: getattr(self, name) for name in ("device", "format", "dtype", "known_from", "warnings", "unknown")
         }
-        needs = {"needs": asdict(self.needs) | {"active_bytes": self.needs.active_bytes}} if self.needs else {}
+        needs = {"needs": self.needs.to_json() if self.needs else None}
         found = {"estimate": self.estimate.to_json()} if self.estimate else {"estimate": None}
         return self.plan.to_json() | about | {"shares": self.shares._asdict()} | needs | found
 
@@ -214,5 +214,8 @@ def _costs(e: Estimate) -> list[tuple[str, str]]:
             f"prompt of {e.prompt}",
             f"{e.prompt_s:.2f} s: the larger of compute {e.prompt_compute_s:.2f} s and stream {e.prompt_stream_s:.2f} s",
         ),
-        ("assuming", "routes that do not repeat (hits = residency), context of 512, steady state, an idle machine"),
+        (
+            "assuming",
+            "routes that do not repeat (hits = residency), as much context, steady state, an idle machine",
+        ),
     ]

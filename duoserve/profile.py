@@ -4,6 +4,7 @@ read between measured points; knows nothing of how anything is measured. Other m
     disk     [request bytes, threads, bytes/s], ...       direct reads of whole requests at random offsets
     memory   bytes/s that all cores together read
     matrix   format -> [rows, seconds per weight], ...    one matrix product, by how many rows share it
+    attention  FLOP/s of one query over a long context, and of a prompt over itself
     launch   seconds per operation of a stock model, per MoE layer and per chosen expert, beside the bytes they read:
              `warm` with everything else in the caches, `cold` with the weights streaming through them
     link     host to device, bytes/s from pinned and from pageable memory; null where slots are host memory
@@ -46,6 +47,11 @@ class Link(NamedTuple):
     pageable: float
 
 
+class Attention(NamedTuple):
+    decode: float  # FLOP/s, four for each head, query, key and dimension
+    prompt: float
+
+
 @dataclass(frozen=True)
 class Profile:
     """See the file's head. `machine` names what it was measured on; `sources` says of each part where it comes from."""
@@ -55,6 +61,7 @@ class Profile:
     disk: tuple[DiskRate, ...]
     memory: float
     matrix: dict[str, tuple[tuple[int, float], ...]]
+    attention: Attention
     warm: Launch
     cold: Launch
     link: Link | None
@@ -86,6 +93,7 @@ class Profile:
             "disk": {"source": said["disk"], "rates": [list(rate) for rate in self.disk]},
             "memory": {"source": said["memory"], "bytes_per_s": self.memory},
             "matrix": {"source": said["matrix"], "seconds_per_weight": self.matrix},
+            "attention": {"source": said["attention"], **self.attention._asdict()},
             "launch": {"source": said["launch"], "warm": self.warm._asdict(), "cold": self.cold._asdict()},
             "link": {"source": said["link"], **self.link._asdict()} if self.link else None,
         }
@@ -93,11 +101,12 @@ class Profile:
     @classmethod
     def from_json(cls, data: Any) -> Profile:
         """Raises ValueError or its kin where anything is missing, unknown or beyond what a machine can do."""
-        _only(data, {"kind", "version", "device", "machine", "disk", "memory", "matrix", "launch", "link"})
+        _only(data, {"kind", "version", "device", "machine", "disk", "memory", "matrix", "attention", "launch", "link"})
         if data["kind"] != KIND or data["version"] != VERSION:
             raise ValueError(f"{data['kind']!r} version {data['version']!r}, not {KIND!r} version {VERSION}")
         parts = {"disk": {"rates"}, "memory": {"bytes_per_s"}, "matrix": {"seconds_per_weight"}}
-        parts |= {"launch": {"warm", "cold"}} | ({"link": set(Link._fields)} if data["link"] is not None else {})
+        parts |= {"attention": set(Attention._fields), "launch": {"warm", "cold"}}
+        parts |= {"link": set(Link._fields)} if data["link"] is not None else {}
         for name, fields in parts.items():
             _only(data[name], fields | {"source"})
         return cls(
@@ -106,6 +115,7 @@ class Profile:
             disk=tuple(_disk_rate(*item) for item in _few(data["disk"]["rates"])),
             memory=_number(data["memory"]["bytes_per_s"], RATE),
             matrix={_text(n): _points(p) for n, p in _few(data["matrix"]["seconds_per_weight"]).items()},
+            attention=Attention(*(_number(data["attention"][n], RATE) for n in Attention._fields)),
             warm=_launch(data["launch"]["warm"]),
             cold=_launch(data["launch"]["cold"]),
             link=Link(*(_number(data["link"][n], RATE) for n in Link._fields)) if data["link"] else None,
