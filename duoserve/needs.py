@@ -4,7 +4,6 @@ slab layouts; knows nothing of machines, budgets or seconds.
 
 from __future__ import annotations
 
-import re
 from typing import Any, NamedTuple
 
 import torch
@@ -19,14 +18,12 @@ from duoserve.plan import Sizes
 
 CONTEXT = 512  # tokens that a decoded token looks back on, and of the prompt whose time is estimated
 _PLAIN = {torch.bfloat16: "bf16", torch.float16: "float16", torch.float32: "float32"}
-_CHOICES = re.compile(r"(num_)?experts?_per_tok(en)?|(moe_)?top_?k|moe_k|top_k_experts|moe_topk")
 
 
 def count_needs(config: Any, dtype: torch.dtype, layouts: list[Layout], experts: list[int], format: str) -> Needs:
     """`layouts` and `experts` of each MoE layer; `format` of the experts."""
     sizes = Sizes(config, dtype)
     counted = count_passes(sizes.model, CONTEXT)
-    choices = [k or _choices(config) for k in sizes.choices]
     tables, head = _tables(sizes.model), _head(sizes.model)
     lookups = sum(p.numel() for p in tables if p is not head)
     matrices = {id(p): p for p in sizes.model.parameters() if p.ndim > 1}
@@ -35,7 +32,7 @@ def count_needs(config: Any, dtype: torch.dtype, layouts: list[Layout], experts:
     return Needs(
         layers=tuple(
             LayerNeeds(e, k, layout.slab_bytes, sum(p.rows * max(1, p.cols) for p in layout.params))
-            for layout, e, k in zip(layouts, experts, choices, strict=True)
+            for layout, e, k in zip(layouts, experts, sizes.choices, strict=True)
         ),
         expert_format=_PLAIN[getattr(torch, layouts[0].plain)] if format == "bf16" else format,
         trunk_format=_PLAIN[dtype],
@@ -87,15 +84,6 @@ def count_passes(model: Any, context: int) -> Counted:
             "E_ESTIMATE", f"{kind!r} does not run on the meta device", "measure it with chat --json"
         ) from error
     return Counted(token.ops, token.attention_flops, prompt.attention_flops)
-
-
-def _choices(config: Any) -> int:
-    """Where the model could not show it: what its config says."""
-    text = config.get_text_config().to_dict()
-    found = [value for name, value in text.items() if _CHOICES.fullmatch(name) and type(value) is int]
-    if not found:
-        raise Refusal("E_ESTIMATE", f"{config.model_type!r} names no number of experts per token", "measure it")
-    return max(found)
 
 
 def _tables(model: Any) -> list[torch.Tensor]:

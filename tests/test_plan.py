@@ -11,6 +11,7 @@ import torch
 import toys
 
 from duoserve.config import EngineConfig, parse_count, parse_size
+from duoserve.convert import convert
 from duoserve.core import Refusal
 from duoserve.engine import DEMO
 from duoserve.outlook import look
@@ -152,26 +153,26 @@ def test_the_process_grows_by_what_was_planned(tmp_path: Any, format: str, share
     shape = {"hidden_size": 768, "intermediate_size": 2560, "num_hidden_layers": 4, "num_local_experts": 8,
              "vocab_size": 8000, "max_position_embeddings": 4096}  # fmt: skip
     folder = toys.make(tmp_path / "model", "mixtral", torch.bfloat16, **shape)
+    store = convert(folder, tmp_path / "store", format)  # here, so that the process measured has not even the scratch
     code = """
 import sys, duoserve, torch
 from duoserve.outlook import look
-folder, format, share, cache = sys.argv[1:]
+folder, share, cache = sys.argv[1:]
 def resident():
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmRSS"))
 with duoserve.load(cache_dir=cache) as demo, torch.inference_mode():
     demo.model(torch.full((1, 512), 5))  # libraries, threads and scratch
-whole = look(folder, budget="100GiB", ctx=1024, format=format, ram="200GiB").plan
+whole = look(folder, budget="100GiB", ctx=1024, ram="200GiB").plan
 budget = whole.planned_bytes - int((1 - float(share)) * whole.slots) * whole.slot_bytes
-duoserve.load(folder, budget="min", ctx=1024, format=format, cache_dir=cache).close()  # converts
 before = resident()
-engine = duoserve.load(folder, budget=budget, ctx=1024, format=format, cache_dir=cache)
+engine = duoserve.load(folder, budget=budget, ctx=1024)
 with torch.inference_mode():
-    for start in range(0, 1024, 64):
+    for start in range(0, 1024, 16):
         past = {} if not start else {"past_key_values": out.past_key_values}
-        out = engine.model(torch.randint(0, 8000, (1, 64)), use_cache=True, logits_to_keep=1, **past)
+        out = engine.model(torch.randint(0, 8000, (1, 16)), use_cache=True, logits_to_keep=1, **past)
 print(resident() - before, engine.plan.planned_bytes, engine.plan.budget_bytes)
 """
-    command = [sys.executable, "-c", code, str(folder), format, str(share), str(tmp_path / "cache")]
+    command = [sys.executable, "-c", code, str(store), str(share), str(tmp_path / "cache")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     grown, planned, budget = map(int, done.stdout.split())
