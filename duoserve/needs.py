@@ -24,6 +24,7 @@ def count_needs(config: Any, dtype: torch.dtype, layouts: list[Layout], experts:
     """`layouts` and `experts` of each MoE layer; `format` of the experts."""
     sizes = Sizes(config, dtype)
     counted = count_passes(sizes.model, CONTEXT)
+    choices = [k for k in sizes.choices if k is not None]  # a layer that was not called fails the strict zip below
     tables, head = _tables(sizes.model), _head(sizes.model)
     lookups = sum(p.numel() for p in tables if p is not head)
     matrices = {id(p): p for p in sizes.model.parameters() if p.ndim > 1}
@@ -32,7 +33,7 @@ def count_needs(config: Any, dtype: torch.dtype, layouts: list[Layout], experts:
     return Needs(
         layers=tuple(
             LayerNeeds(e, k, layout.slab_bytes, sum(p.rows * max(1, p.cols) for p in layout.params))
-            for layout, e, k in zip(layouts, experts, sizes.choices, strict=True)
+            for layout, e, k in zip(layouts, experts, choices, strict=True)
         ),
         expert_format=_PLAIN[getattr(torch, layouts[0].plain)] if format == "bf16" else format,
         trunk_format=_PLAIN[dtype],
