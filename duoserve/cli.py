@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import sys
 import time
@@ -112,6 +113,68 @@ def convert(
         folder = make_store(resolve(model), out, format, dtype, progress)
     total = sum(file.stat().st_size for file in folder.iterdir())
     print(f"{folder}: {format} expert store, {size(total)}")
+
+
+@app.command()
+def plan(
+    model: Model = None,
+    budget: Budget = None,
+    format: Format = None,
+    trunk: Trunk = None,
+    dtype: Dtype = None,
+    device: DeviceName = "auto",
+    ctx: Ctx = None,
+    ram: Annotated[str | None, typer.Option(help="Plan as if this much memory were free, such as 24GiB.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    cache_dir: CacheDir = None,
+) -> None:
+    """What fits and what it will cost, from the config alone; loads and downloads no weights."""
+    from duoserve.config import EngineConfig, parse_size
+
+    options: dict[str, Any] = {"budget": budget, "format": format, "trunk": trunk, "dtype": dtype}
+    options |= {"device": device, "ctx": ctx}
+    EngineConfig.of(**options)  # refuse before torch is imported, as below
+    if ram is not None:
+        parse_size(ram, "ram")
+    from duoserve import doctor as examiner
+    from duoserve import outlook
+
+    outlook.look(model, ram=ram, **options)  # refuse before anything is measured
+    profile, why = examiner.known_profile(cache_dir)
+    if profile is None:
+        print(f"measuring this machine for a few seconds: {why}", file=sys.stderr, flush=True)
+        profile = examiner.quick_profile(cache_dir)
+    found = outlook.look(model, profile, ram, **options)
+    for warning in found.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    if as_json:
+        print(json.dumps(found.to_json()))
+    else:
+        _print_rows(outlook.table(found))
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    cache_dir: Annotated[str | None, typer.Option(help="Where stores are kept: the disk to be measured.")] = None,
+) -> None:
+    """This machine: versions, processor, memory, GPU, disk and link, what they do in a second, and what will hurt."""
+    from duoserve import doctor as examiner
+
+    def say(what: str) -> None:
+        print(f"measuring {what} ...", file=sys.stderr, flush=True)
+
+    report = examiner.examine(cache_dir, say if sys.stderr.isatty() else lambda what: None)
+    if as_json:
+        print(json.dumps(report))
+    else:
+        _print_rows(examiner.table(report))
+
+
+def _print_rows(rows: list[tuple[str, str]]) -> None:
+    width = max(len(name) for name, _ in rows) + 2
+    for name, value in rows:
+        print(f"{name:{width}s}{value}")
 
 
 @app.command()

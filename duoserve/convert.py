@@ -59,16 +59,12 @@ class Conversion:
         if format not in FORMATS:
             raise Refusal("E_OPTION", f"unknown format {format!r}", nearest(format, FORMATS))
         checkpoint = Checkpoint(source)
-        plain = str(checkpoint.dtype).removeprefix("torch.")
-        if dtype == "bfloat16" or (plain == "float32" and dtype != "float32"):
-            plain = "bfloat16"
-        return cls(checkpoint, format, plain, [_layout(spec, format, plain) for spec in checkpoint.specs])
+        layouts = layouts_of(checkpoint.specs, format, dtype, str(checkpoint.dtype).removeprefix("torch."))
+        return cls(checkpoint, format, layouts[0].plain, layouts)
 
     @property
     def size(self) -> StoreSize:
-        n_experts = sum(spec.n_experts for spec in self.checkpoint.specs)
-        slab_bytes = max(layout.slab_bytes for layout in self.layouts)
-        return StoreSize(n_experts, slab_bytes, 2 * self.checkpoint.total_parameters())
+        return store_size(self.checkpoint.specs, self.layouts, self.checkpoint.total_parameters())
 
     @property
     def slab_bytes(self) -> int:
@@ -160,6 +156,18 @@ class _Report(NamedTuple):
     def slabs(self, n: int) -> None:
         if self.progress:
             self.progress(self.before + n * self.slab_bytes, self.total, self.what)
+
+
+def layouts_of(specs: list[ExpertsSpec], format: str, dtype: str | None, stored: str) -> list[Layout]:
+    """Of each MoE layer of a checkpoint whose weights are `stored` so; `dtype` as in `Conversion.of`."""
+    narrow = dtype == "bfloat16" or (stored == "float32" and dtype != "float32")
+    return [_layout(spec, format, "bfloat16" if narrow else stored) for spec in specs]
+
+
+def store_size(specs: list[ExpertsSpec], layouts: list[Layout], parameters: int) -> StoreSize:
+    """`parameters` of the whole model."""
+    n_experts = sum(spec.n_experts for spec in specs)
+    return StoreSize(n_experts, max(layout.slab_bytes for layout in layouts), 2 * parameters)
 
 
 def _layout(spec: ExpertsSpec, format: str, plain: str) -> Layout:

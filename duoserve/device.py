@@ -385,6 +385,22 @@ def available_ram() -> int:
     return free
 
 
+def memory_cap() -> int | None:
+    """Bytes that this process's control groups allow it, all told; None where they set no cap."""
+    limits = [_number(os.path.join(folder, limit)) for folder, limit, _ in _memory_groups()]
+    found = [limit for limit in limits if limit is not None and limit < 1 << 60]  # version 1 writes "none" as a number
+    return min(found, default=None)
+
+
+def gpus() -> list[tuple[str, int, int]]:
+    """Name, bytes free and bytes in all of each GPU that torch can use."""
+    found = []
+    for i in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(i)
+        found.append((torch.cuda.get_device_name(i), free, total))
+    return found
+
+
 def _memory_groups() -> Iterable[tuple[str, str, str]]:
     """Folders of the control groups (version 1 and 2) that hold this process, with the names of their two files."""
     with open("/proc/self/cgroup") as lines:

@@ -24,12 +24,11 @@ from duoserve.core import Refusal, nearest
 from duoserve.device import Device, in_background, open_device
 from duoserve.model import load_model
 from duoserve.moe import Cancelled
-from duoserve.plan import Plan, make_plan, size
+from duoserve.plan import Plan, check_memory, compute_dtype, default_budget, make_plan, trunk_format
 from duoserve.store import Store, is_store
 
 DEMO = Path(__file__).parent / "demo"
 DEFAULT_NEW_TOKENS = 512
-CPU_MARGIN, GPU_MARGIN = (4 << 30, 0.10), (1 << 30, 0.05)  # left free where no budget is given: at least bytes, share
 
 _OBJECTS = {"logits_processor", "stopping_criteria", "generation_config", "assistant_model", "past_key_values"}
 Prompt = str | Sequence[dict[str, str]]
@@ -100,19 +99,13 @@ def _opened(
             raise
     format = config.format or ("bf16" if config.dtype == "float32" else "int4")
     conversion = Conversion.of(folder, format, config.dtype)
-    dtype = _dtype(config.dtype, str(conversion.checkpoint.dtype).removeprefix("torch."))
+    dtype = compute_dtype(config.dtype, str(conversion.checkpoint.dtype).removeprefix("torch."))
     _tokenizer(folder)  # refuse before an hour of converting
     trunk = trunk_format(config, format, dtype, device.name)
     plan = make_plan(conversion.size, conversion.checkpoint.config, dtype, config, _free(device), default, trunk)
     _check_memory(plan, device)
     store = Store(write_store(conversion, cache_dir(config.cache_dir) / conversion.name, progress))
     return _Opened(store, plan, dtype, trunk)
-
-
-def trunk_format(config: EngineConfig, format: str, dtype: torch.dtype, device: str) -> str:
-    """What was asked, else four bits on the CPU, whose memory is slow, unless exactness was asked for elsewhere."""
-    exact = format == "bf16" or dtype == torch.float32
-    return config.trunk or ("bf16" if exact or device != "cpu" else "int4")
 
 
 def _planned(store: Store, config: EngineConfig, device: Device, default: str | None) -> _Opened:
@@ -123,7 +116,7 @@ def _planned(store: Store, config: EngineConfig, device: Device, default: str | 
             "the store rounded a float32 checkpoint to bfloat16; `duoserve convert --dtype float32` keeps it exact",
             stacklevel=4,
         )
-    dtype = _dtype(config.dtype, store.dtype)
+    dtype = compute_dtype(config.dtype, store.dtype)
     trunk = trunk_format(config, store.format, dtype, device.name)
     plan = make_plan(store.size, read_config(store.folder), dtype, config, _free(device), default, trunk)
     _check_memory(plan, device)
@@ -131,18 +124,7 @@ def _planned(store: Store, config: EngineConfig, device: Device, default: str | 
 
 
 def _check_memory(plan: Plan, device: Device) -> None:
-    free = device.free_bytes()
-    if plan.planned_bytes > free:
-        raise Refusal(
-            "E_MEMORY",
-            f"the plan takes {size(plan.planned_bytes)}, {size(free)} are free",
-            "lower --budget or --ctx, or free some memory",
-            4,
-        )
-
-
-def _dtype(asked: str | None, stored: str) -> torch.dtype:
-    return getattr(torch, asked or ("bfloat16" if stored == "float32" else stored))
+    check_memory(plan, device.free_bytes())
 
 
 class Engine:
@@ -448,6 +430,4 @@ def _tokenizer(folder: Path) -> Any:
 
 
 def _free(device: Device) -> int:
-    least, share = CPU_MARGIN if device.name == "cpu" else GPU_MARGIN
-    free = device.free_bytes()
-    return max(0, free - max(least, int(share * free)))
+    return default_budget(device.name, device.free_bytes())

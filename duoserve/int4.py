@@ -41,6 +41,7 @@ class Scratch:
 
     def __init__(self, memory: torch.Tensor | None = None):
         self._memory = memory  # (n,) uint8; without, each product takes its own
+        self.n_bytes = SCRATCH_BYTES if memory is None else memory.numel()
 
     def take(self, n_bytes: int, device: torch.device) -> torch.Tensor:
         if self._memory is None or n_bytes > self._memory.numel():
@@ -99,7 +100,7 @@ class Int4Weight:
         n, k = self.packed.shape[0], self.packed.shape[1] * 2
         tile = _TILES[self.order][0]
         whole = n // tile * tile
-        most = max(tile, int(SCRATCH_BYTES / (k * (dtype.itemsize + _WORK))) // tile * tile)
+        most = max(tile, int(self.scratch.n_bytes / (k * (dtype.itemsize + _WORK))) // tile * tile)
         each = -(-whole // -(-whole // most) // tile) * tile if whole else tile  # equal stretches, no short last one
         stretches = [(start, min(start + each, whole)) for start in range(0, whole, each)]
         return stretches + ([(whole, n)] if whole < n else [])

@@ -15,13 +15,10 @@ from duoserve.core import Phase, Refusal, Step
 from duoserve.device import Device, available_ram
 from duoserve.int4 import Scratch
 from duoserve.moe import OffloadedExperts, Runtime
-from duoserve.plan import Plan, size
+from duoserve.plan import Plan, host_slabs, size
 from duoserve.store import Store
 from duoserve.transfer import HostTier, Transfer
 from duoserve.trunk import quantise_linears, settle
-
-RAM_MARGIN = 4 << 30  # left to the rest of the machine, or a tenth of what is free where that is more
-
 
 DRAFT = 16  # tokens per pass up to which a pass behind a prompt is decode: one token, or drafted ones to verify
 
@@ -64,9 +61,7 @@ def load_model(
 def _host_tier(device: Device, store: Store) -> HostTier | None:
     if device.disk is None:
         return None
-    free = available_ram()
-    room = max(0, free - max(RAM_MARGIN, free // 10)) // store.slab_bytes
-    tier = HostTier(device, store, max(2, min(store.n_experts, room)))
+    tier = HostTier(device, store, host_slabs(store.size, available_ram()))
     tier.fill()
     return tier
 

@@ -21,7 +21,8 @@ from duoserve.trunk import quantise_linears
 
 MIN_SLOTS = 2  # one computes while the other fills
 FLOOR_CTX = 4096
-LEAST_SCRATCH = 256 << 10
+LEAST_SCRATCH = 32 << 10
+CPU_MARGIN, GPU_MARGIN = (4 << 30, 0.10), (1 << 30, 0.05)  # left free where no budget is given: at least bytes, share
 GIB = 1 << 30
 
 
@@ -67,6 +68,7 @@ class _Shape(nn.Module):
     def __init__(self, spec: Any, kind: str):
         super().__init__()
         self.kind = kind
+        self.choices: int | None = None  # experts a token takes, once it was called
         for name, child in spec.named_children():
             if next(child.parameters(), None) is not None:
                 self.add_module(name, child)
@@ -79,6 +81,7 @@ class _Shape(nn.Module):
                 f"{self.kind!r} calls its experts with {shapes}, not (rows, hidden), (rows, k), (rows, k)",
                 "this family cannot be offloaded yet",
             )
+        self.choices = shapes[1][1]
         return torch.empty_like(args[0] if args else next(iter(kwargs.values())))
 
 
@@ -88,14 +91,20 @@ class Sizes:
     def __init__(self, config: Any, dtype: torch.dtype, trunk: str = "bf16"):
         self.model = build_meta(config, dtype)
         specs = find_experts(self.model)
-        for spec in specs:
-            replace_module(self.model, spec.name, _Shape(spec.module, self.model.config.model_type))
+        self._experts = {s.name: _Shape(s.module, self.model.config.model_type) for s in specs}
+        for name, shape in self._experts.items():
+            replace_module(self.model, name, shape)
         quantise_linears(self.model, trunk, {spec.n_experts for spec in specs})
         self.trunk_bytes = tensor_bytes(self.model, dtype)
         self.scratch_bytes = min(SCRATCH_BYTES, max(LEAST_SCRATCH, self.trunk_bytes // 8))
         self.limit = model_limit(self.model.config)
         self._period = kv_period(self.model.config)
         self._kv: dict[int, int] = {}
+
+    @property
+    def choices(self) -> list[int | None]:
+        """Experts that a token takes in each MoE layer; None where the model has not run."""
+        return [shape.choices for shape in self._experts.values()]
 
     def kv_bytes(self, tokens: int) -> int:
         """Bytes of the cache of one sequence. Far beyond windows it is extended by its growth per period, because some
@@ -156,6 +165,38 @@ def make_plan(
         kv_state_bytes=sizes.kv_bytes(1) - token,
         kv_token_bytes=token,
     )
+
+
+def default_budget(device: str, free_bytes: int) -> int:
+    """What may be taken where nobody said: what is free less a margin."""
+    least, share = CPU_MARGIN if device == "cpu" else GPU_MARGIN
+    return max(0, free_bytes - max(least, int(share * free_bytes)))
+
+
+def host_slabs(store: StoreSize, free_bytes: int) -> int:
+    """Slabs of the host tier between a disk and a GPU: as many as fit what is free, less a margin."""
+    return max(MIN_SLOTS, min(store.n_experts, default_budget("cpu", free_bytes) // store.slab_bytes))
+
+
+def check_memory(plan: Plan, free_bytes: int) -> None:
+    if plan.planned_bytes > free_bytes:
+        raise Refusal(
+            "E_MEMORY",
+            f"the plan takes {size(plan.planned_bytes)}, {size(free_bytes)} are free",
+            "lower --budget or --ctx, or free some memory",
+            4,
+        )
+
+
+def compute_dtype(asked: str | None, stored: str) -> torch.dtype:
+    """Of trunk and arithmetic, for a checkpoint stored as `stored`."""
+    return getattr(torch, asked or ("bfloat16" if stored == "float32" else stored))
+
+
+def trunk_format(config: EngineConfig, format: str, dtype: torch.dtype, device: str) -> str:
+    """What was asked, else four bits on the CPU, whose memory is slow, unless exactness was asked for elsewhere."""
+    exact = format == "bf16" or dtype == torch.float32
+    return config.trunk or ("bf16" if exact or device != "cpu" else "int4")
 
 
 def _too_small(budget: int, smallest: int, sizes: Sizes, ctx: int, store: StoreSize) -> Refusal:

@@ -13,14 +13,14 @@ ROOT = Path(__file__).parent.parent
 FLOORS = {
     0: {"version", "core", "config", "device", "native", "int4", "codec", "checkpoint"},
     1: {"store", "cache", "experts", "trunk"},
-    2: {"convert", "transfer"},
-    3: {"prefill", "decode"},
+    2: {"convert", "transfer", "profile"},
+    3: {"prefill", "decode", "estimate"},
     4: {"moe"},
     5: {"plan"},
-    6: {"model"},
+    6: {"model", "needs"},
     7: {"engine"},
-    8: {"conversation"},
-    9: {"repl"},
+    8: {"conversation", "outlook", "measure"},
+    9: {"repl", "doctor"},
     10: {"cli"},
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}

@@ -1,0 +1,401 @@
+"""Every error that a user can meet, triggered for real: its code, its exit status, one line, its numbers, what to do.
+
+A new code needs an entry in CASES and a row in docs/errors.md; two tests say so.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import toys
+
+import duoserve
+from duoserve import cli, codec, repl
+from duoserve.config import EngineConfig, parse_share
+from duoserve.convert import convert
+from duoserve.core import Key, Refusal
+from duoserve.device import host_arena
+from duoserve.needs import count_passes
+from duoserve.outlook import look
+from duoserve.profile import read_profile
+from duoserve.store import Store
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs" / "errors.md"
+
+
+class Kit(NamedTuple):
+    """What a case may use."""
+
+    toy: Callable[..., Path]
+    load: Callable[..., Any]
+    tmp: Path
+    patch: pytest.MonkeyPatch
+
+    def folder(self, **files: Any) -> Path:
+        """A folder of JSON files, or of raw bytes; `__` in a name is a dot."""
+        folder = self.tmp / "model"
+        folder.mkdir(exist_ok=True)
+        for name, content in files.items():
+            data = content if isinstance(content, bytes) else json.dumps(content).encode()
+            (folder / name.replace("__", ".")).write_bytes(data)
+        return folder
+
+    def checkpoint(self, family: str = "mixtral", **config: Any) -> Path:
+        """A copy of a toy checkpoint that may be harmed, its config changed."""
+        folder = shutil.copytree(self.toy(family), self.tmp / "checkpoint")
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | config))
+        return folder
+
+    def harmed_shard(self, harm: Callable[[Path], Any]) -> Path:
+        folder = self.checkpoint()
+        harm(min(folder.glob("model-*")))
+        return folder
+
+    def store(self, harm: Callable[[Path], None] = lambda folder: None) -> Path:
+        folder = convert(self.toy("mixtral"), self.tmp / "store")
+        harm(folder)
+        return folder
+
+    def command(self, *args: str) -> None:
+        """The command line, in this process; its exit status and its one line as a Refusal."""
+        self.patch.setattr(sys, "argv", ["duoserve", *args])
+        said: list[str] = []
+        self.patch.setattr(cli, "_say", lambda line, status: said.append(line) or status)
+        status = cli._guarded()
+        code, _, rest = said[0].partition(": ")
+        what, _, remedy = rest.rpartition("; ") if "; " in rest else (rest, "", rest)
+        raise Refusal(code, what, remedy, status)
+
+
+def flip(path: Path, at: int) -> None:
+    with open(path, "r+b") as file:
+        file.seek(at)
+        byte = file.read(1)[0]
+        file.seek(at)
+        file.write(bytes([byte ^ 1]))
+
+
+def manifest(folder: Path, **changes: Any) -> None:
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def cut(path: Path, by: int) -> None:
+    os.truncate(path, path.stat().st_size - by)
+
+
+def weights(kit: Kit, harm: Callable[[dict[str, Any]], None]) -> Path:
+    """A checkpoint of one file whose tensors were changed."""
+    from safetensors.torch import load_file, save_file
+
+    folder = kit.checkpoint()
+    tensors: dict[str, Any] = {}
+    for file in folder.glob("*.safetensors"):
+        tensors |= load_file(file)
+        file.unlink()
+    (folder / "model.safetensors.index.json").unlink()
+    harm(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def narrowed(tensors: dict[str, Any], suffix: str) -> None:
+    name = next(n for n in tensors if n.endswith(suffix))
+    tensors[name] = tensors[name][:, :8].contiguous()
+
+
+def without_room(kit: Kit) -> Path:
+    usage = shutil.disk_usage(kit.tmp)
+    kit.patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    return kit.tmp
+
+
+def without_bitsandbytes(kit: Kit) -> Path:
+    codec._bitsandbytes.cache_clear()
+    kit.patch.setitem(sys.modules, "bitsandbytes", None)
+    kit.patch.setitem(sys.modules, "bitsandbytes.functional", None)
+    return kit.tmp
+
+
+def first_touch(kit: Kit) -> None:
+    store = Store(kit.store(lambda folder: flip(folder / "experts-001.safetensors", 4096 + 7)))
+    try:
+        store.read_into(Key(1, 0), host_arena(store.slab_bytes))
+    finally:
+        store.close()
+
+
+def raises_enospc(kit: Kit) -> None:
+    def full(*args: Any) -> None:
+        raise OSError(28, "No space left on device", "store/experts-000.safetensors")
+
+    kit.patch.setattr("duoserve.convert._write", full)
+    kit.command("convert", str(kit.toy("mixtral")), "-o", str(kit.tmp / "out"))
+
+
+def raises_eio(kit: Kit) -> None:
+    def broken(*args: Any) -> None:
+        raise OSError(5, "Input/output error", "trunk.safetensors")
+
+    kit.patch.setattr("duoserve.convert._write", broken)
+    kit.command("convert", str(kit.toy("mixtral")), "-o", str(kit.tmp / "out"))
+
+
+def raises_type_error(kit: Kit) -> None:
+    kit.patch.setattr("duoserve.convert._write", None)
+    kit.command("convert", str(kit.toy("mixtral")), "-o", str(kit.tmp / "out"))
+
+
+class Strange:
+    """A model that does not run on meta."""
+
+    config = type("Config", (), {"model_type": "strange"})
+
+    def __call__(self, **inputs: Any) -> None:
+        raise NotImplementedError("no meta kernel")
+
+
+SMALL = toys._BASE | {"intermediate_size": 96, "num_hidden_layers": 1}
+INDEX = "model__safetensors__index__json"
+CASES: list[tuple[str, str, int, str, Callable[[Kit], Any]]] = [
+    # code, what, exit status, what the line must say, how to get there
+    ("E_SIZE", "ram that is no size", 2, r"ram 'lots' is not a size; .*6GiB", lambda k: look(k.toy("mixtral"), ram="lots")),
+    ("E_SIZE", "a budget that is no size", 2, r"budget 'six' .*6GiB", lambda k: EngineConfig(budget="six")),
+    ("E_SIZE", "a share of nothing", 2, r"'0%' is not a share; .*15%", lambda k: parse_share("0%")),
+    ("E_COUNT", "a context in words", 2, r"ctx 'many' .*4096 or 32k", lambda k: EngineConfig.of(ctx="many")),
+    ("E_CTX", "a context of nothing", 2, r"of 0 tokens .*at least 1", lambda k: EngineConfig(ctx=0)),
+    ("E_OPTION", "an unknown option", 2, r"'budjet'; did you mean 'budget'", lambda k: EngineConfig.of(budjet="1")),
+    ("E_OPTION", "an unknown format", 2, r"'int5'; did you mean 'int4'", lambda k: EngineConfig(format="int5")),
+    ("E_OPTION", "an unknown dtype", 2, r"'bfloat61'; did you mean 'bfloat16'", lambda k: EngineConfig(dtype="bfloat61")),
+    ("E_OPTION", "an unknown device", 2, r"'gpu'.* auto, cpu, cuda", lambda k: EngineConfig(device="gpu")),
+    ("E_DEVICE", "no GPU", 7, r"0 found.*--device cpu", lambda k: duoserve.load(device="cuda")),
+    ("E_MODEL", "no such folder", 3, r"no model folder './nowhere' here; give", lambda k: look("./nowhere")),
+    ("E_MODEL", "a hub id that is not cached, offline", 3, r"nobody/nothing.*network", lambda k: look("nobody/nothing")),
+    ("E_MODEL", "a model to load that is not cached", 3, r"nobody/nothing.*network", lambda k: k.load("nobody/nothing")),
+    ("E_MODEL", "an empty folder", 3, r"has no config.json; give", lambda k: k.load(k.folder())),
+    ("E_MODEL", "weights that can run code", 3, r"no model.safetensors .*; use a safetensors checkpoint",
+     lambda k: k.load(k.folder(config__json=json.loads((k.toy("mixtral") / "config.json").read_text())))),
+    ("E_CONFIG", "a config that is no JSON", 5, r"is not JSON .*char 1.*again", lambda k: look(k.folder(config__json=b"{"))),
+    ("E_CONFIG", "a config that is a list", 5, r"holds a list.*again", lambda k: look(k.folder(config__json=[1]))),
+    ("E_CONFIG", "a model type from the future", 2, r"5\.\d+.*'gpt9'; .*newer transformers",
+     lambda k: look(k.folder(config__json={"model_type": "gpt9"}))),
+    ("E_CONFIG", "a model of pictures", 2, r"'vit' has no causal language model .*; use a text",
+     lambda k: look(k.folder(config__json={"model_type": "vit"}))),
+    ("E_CONFIG", "a size below nothing", 2, r"cannot build 'mixtral' .*-64.*; check config.json",
+     lambda k: look(k.folder(config__json=SMALL | {"model_type": "mixtral", "vocab_size": -64}))),
+    ("E_REMOTE_CODE", "a model with its own code", 2, r"auto_map.*; use a checkpoint",
+     lambda k: look(k.folder(config__json={"auto_map": {"AutoModel": "x.Y"}}))),
+    ("E_NOT_MOE", "a dense model", 2, r"'llama' has 0 routed experts; run it with transformers",
+     lambda k: look(k.folder(config__json=SMALL | {"model_type": "llama"}))),
+    ("E_LAYOUT", "a family without the seam", 2, r"'jetmoe' .*; use a family",
+     lambda k: look(k.folder(config__json=SMALL | {"model_type": "jetmoe", "kv_channels": 16, "num_local_experts": 4}))),
+    ("E_QUANTISED", "weights quantised elsewhere", 2, r"awq.*; use",
+     lambda k: k.load(k.checkpoint(quantization_config={"quant_method": "awq", "bits": 4}))),
+    ("E_QUANTISED", "integers for weights", 2, r"stored as I8; use",
+     lambda k: k.load(weights(k, lambda t: t.update({n: v.char() for n, v in t.items()})))),
+    ("E_CORRUPT", "a truncated shard", 5, r"not a whole safetensors file.*again",
+     lambda k: k.load(k.harmed_shard(lambda file: cut(file, 10)))),
+    ("E_CORRUPT", "a missing shard", 5, r"1 of \d+ shards are missing, model-0.* first; fetch",
+     lambda k: k.load(k.harmed_shard(Path.unlink))),
+    ("E_CORRUPT", "an index that is none", 5, r"is not a shard index .*again",
+     lambda k: look(k.folder(config__json={"model_type": "mixtral"}, x__safetensors=b"", **{INDEX: [1]}))),
+    ("E_CORRUPT", "an index that leaves its folder", 5, r"'\.\./x\.safetensors', which is no file",
+     lambda k: look(k.folder(config__json={"model_type": "mixtral"}, x__safetensors=b"",
+                             **{INDEX: {"weight_map": {"a": "../x.safetensors"}}}))),
+    ("E_CORRUPT", "an index of nothing", 5, r"names 0 shards; fetch",
+     lambda k: look(k.folder(config__json={"model_type": "mixtral"}, x__safetensors=b"", **{INDEX: {"weight_map": {}}}))),
+    ("E_CORRUPT", "an expert too few", 5, r"needs 6 experts, the checkpoint has 5",
+     lambda k: k.load(weights(k, lambda t: t.pop(next(n for n in t if "experts.3" in n))))),
+    ("E_CORRUPT", "a tensor of another shape", 5, r"has shape \(\d+, 8\), should have",
+     lambda k: k.load(weights(k, lambda t: narrowed(t, "q_proj.weight")))),
+    ("E_CORRUPT", "a trunk tensor that is missing", 5, r"1 trunk tensors are missing, .*q_proj.* first; fetch",
+     lambda k: k.load(weights(k, lambda t: t.pop(next(n for n in t if "q_proj" in n))))),
+    ("E_TOKENIZER", "a tokenizer that cannot be read", 5, r"cannot be read.*again",
+     lambda k: [(c := k.checkpoint()), (c / "tokenizer.json").write_text("{")] and k.load(c)),
+    ("E_TOKENIZER", "text without a tokenizer", 3, r"0 tokenizer files; pass input_ids",
+     lambda k: k.load(k.toy("mixtral")).generate("x")),
+    ("E_STORE", "a folder that is no store", 3, r"has no manifest; give", lambda k: cli.verify(k.tmp)),
+    ("E_STORE", "a manifest that is no JSON", 5, r"is not JSON.*convert",
+     lambda k: look(k.store(lambda s: (s / "manifest.json").write_text("{") and None))),
+    ("E_STORE", "another program's manifest", 5, r"not the manifest of an expert store; convert",
+     lambda k: look(k.store(lambda s: manifest(s, kind="cake")))),
+    ("E_STORE", "a store from the future", 5, r"version 99, this program reads \d+; convert",
+     lambda k: look(k.store(lambda s: manifest(s, version=99)))),
+    ("E_STORE", "a manifest beyond reason", 5, r"has \d{8,} bytes, at most \d+ are read",
+     lambda k: look(k.store(lambda s: os.truncate(s / "manifest.json", (64 << 20) + 1)))),
+    ("E_CORRUPT", "a changed manifest", 5, r"sha256 differs.*convert",
+     lambda k: look(k.store(lambda s: manifest(s, bf16_bytes=1)))),
+    ("E_STORE", "a truncated layer", 5, r"has \d+ bytes, the manifest says \d+; convert",
+     lambda k: look(k.store(lambda s: cut(s / "experts-000.safetensors", 1)))),
+    ("E_CORRUPT", "a flipped bit in a header", 5, r"has checksum [0-9a-f]{8}, written was [0-9a-f]{8}; convert",
+     lambda k: look(k.store(lambda s: flip(s / "experts-000.safetensors", 20)))),
+    ("E_CORRUPT", "a flipped bit in an expert", 5, r"expert 0 in .*has checksum .{8}, written was .{8}; check", first_touch),
+    ("E_CORRUPT", "a store that does not verify", 5, r"1 of the store's parts .*; convert",
+     lambda k: cli.verify(k.store(lambda s: flip(s / "trunk.safetensors", 5000)))),
+    ("E_FORMAT", "another format than the store's", 2, r"is int4, asked was bf16; convert",
+     lambda k: k.load(k.store(), format="bf16")),
+    ("E_EXISTS", "a folder with another store", 2, r"holds another store \(int4 of .* bf16 of .*\); give an empty",
+     lambda k: convert(k.toy("mixtral"), k.store(), "bf16")),
+    ("E_EXISTS", "a folder that is not empty", 2, r"is not empty .*; give an empty",
+     lambda k: [(k.tmp / "diary.txt").write_text("dear")] and convert(k.toy("mixtral"), k.tmp)),
+    ("E_DISK", "a disk without room", 6, r"needs [\d,]+ bytes more, 1,000 are free .*; free",
+     lambda k: convert(k.toy("mixtral"), without_room(k) / "out")),
+    ("E_DISK", "a disk that became full", 6, r"No space left.*; free some space and run it again", raises_enospc),
+    ("E_IO", "a disk that fails", 1, r"Input/output error.*; check the disk", raises_eio),
+    ("E_IO", "a folder that cannot be written", 2, r"/proc/.*; give a folder that can be written",
+     lambda k: k.command("convert", str(k.toy("mixtral")), "-o", "/proc/self/status/store")),
+    ("E_NF4", "nf4 without bitsandbytes", 2, r"not installed; pip install bitsandbytes",
+     lambda k: convert(k.toy("mixtral"), without_bitsandbytes(k) / "out", "nf4")),
+    ("E_BUDGET", "a budget too small", 4, r"\(1,000 bytes\).*smallest is .* bytes\); raise --budget",
+     lambda k: k.load(k.toy("mixtral"), budget=1000)),
+    ("E_BUDGET", "too small, planned", 4, r"\(1,000 bytes\).*smallest is .* bytes\); raise --budget",
+     lambda k: look(k.toy("mixtral"), budget=1000)),
+    ("E_MEMORY", "a plan beyond memory", 4, r"takes .* KiB, 97\.7 KiB are free; lower",
+     lambda k: look(k.toy("mixtral"), budget="1GiB", ram=100_000)),
+    ("E_PROFILE", "no machine profile", 3, r"no machine profile .*; run `duoserve doctor`",
+     lambda k: read_profile(k.tmp / "machine.json")),
+    ("E_PROFILE", "a broken machine profile", 5, r"is no machine profile .*; run `duoserve doctor` again",
+     lambda k: read_profile(k.folder(machine__json={"version": 2}) / "machine.json")),
+    ("E_ESTIMATE", "a model that does not run on meta", 2, r"'strange' .*; measure", lambda k: count_passes(Strange(), 4)),
+    ("E_PROMPT", "an empty prompt", 2, r"0 tokens; write at least one word", lambda k: k.load().generate("")),
+    ("E_CTX", "a prompt longer than the context", 4, r"has \d+ tokens, the context 8; shorten",
+     lambda k: k.load(ctx=8).generate("one two three four five six seven eight nine ten")),
+    ("E_CTX", "a batch beyond the plan", 4, r"1 x 17 tokens do not fit the 16 .*; load with a larger --ctx",
+     lambda k: k.load(k.toy("mixtral"), ctx=16).model(toys.ids(1, 17))),
+    ("E_TEMPLATE", "messages that are none", 2, r"0 messages.*; pass", lambda k: k.load().generate([])),
+    ("E_OPTION", "no room to answer", 2, r"max_new_tokens=0 .*; ask for at least 1",
+     lambda k: k.load().generate("x", max_new_tokens=0)),
+    ("E_OPTION", "an unknown way to sample", 2, r"'top_q'; did you mean 'top_", lambda k: k.load().generate("x", top_q=1)),
+    ("E_OPTION", "several answers at once", 2, r"num_return_sequences=2, an Answer holds 1; call",
+     lambda k: k.load().generate("x", num_return_sequences=2)),
+    ("E_SETTING", "a temperature below nothing", 2, r"temperature -1.0 is out of range; give one from 0",
+     lambda k: repl.sampling(8, -1.0, None, None)),
+    ("E_SETTING", "a setting in words", 2, r"seed 'x' is no int; give one from", lambda k: repl._set({}, "seed x")),
+    ("E_SETTING", "an unknown setting", 2, r"'temprature'; did you mean 'temperature'",
+     lambda k: repl._set({}, "temprature 1")),
+    ("E_COMMAND", "an unknown chat command", 2, r"/sats; did you mean 'stats'",
+     lambda k: repl._command(None, {}, "sats", "")),
+    ("E_USAGE", "an unknown command", 2, r"'chart'.*Did you mean.*chat.*--help", lambda k: k.command("chart")),
+    ("E_USAGE", "an argument too few", 2, r"Missing .*--help", lambda k: k.command("convert")),
+    ("E_INTERNAL", "a fault of ours", 1, r"TypeError: .*; run `duoserve --debug", raises_type_error),
+]  # fmt: skip
+ELSEWHERE = {"E_FAILED", "E_INPUT"}  # said in a chat that goes on, tested below
+
+
+@pytest.fixture
+def kit(toy: Any, load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Kit]:
+    yield Kit(toy, load, tmp_path, monkeypatch)
+    codec._bitsandbytes.cache_clear()
+
+
+@pytest.mark.parametrize(("code", "what", "status", "says", "act"), CASES, ids=[f"{c[0]}: {c[1]}" for c in CASES])
+def test_an_error_says_what_happened_and_what_to_do(
+    kit: Kit, code: str, what: str, status: int, says: str, act: Callable[[Kit], Any]
+) -> None:
+    if code == "E_DEVICE":
+        kit.patch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(Refusal) as raised:
+        act(kit)
+    line = str(raised.value)
+    assert (raised.value.code, raised.value.status) == (code, status), line
+    assert re.search(says, line) and line.startswith(f"{code}: ") and len(line.splitlines()) == 1, line
+
+
+PROCESSES = [
+    (("chat", "--budget", "six"), 2, "E_SIZE"),
+    (("verify", "."), 3, "E_STORE"),
+    (("plan", "--budget", "1KiB"), 4, "E_BUDGET"),
+    (("plan", "STORE"), 5, "E_STORE"),
+]
+
+
+@pytest.mark.parametrize(("args", "status", "code"), PROCESSES)
+def test_a_process_ends_with_its_status_and_one_line(kit: Kit, args: tuple[str, ...], status: int, code: str) -> None:
+    if "STORE" in args:
+        store = kit.store(lambda folder: cut(folder / "experts-000.safetensors", 1))
+        args = tuple(str(store) if a == "STORE" else a for a in args)
+    done = subprocess.run(
+        [sys.executable, "-m", "duoserve.cli", *args], capture_output=True, text=True, timeout=120, cwd=kit.tmp,
+        env=os.environ | {"DUOSERVE_CACHE": str(kit.tmp / "cache"), "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == status, done.stderr
+    assert done.stderr.startswith(f"error: {code}: ") and len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_a_chat_goes_on_after_a_failed_answer(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> None:
+        raise OSError(5, "Input/output error")
+
+    assert repl._guarded(fail) is None
+    line = capsys.readouterr().err
+    assert re.fullmatch(r"error: E_FAILED: .*Input/output error; try again, or /quit\n", line)
+
+
+def test_a_chat_goes_on_after_a_line_that_is_no_text(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = iter([UnicodeDecodeError("utf-8", b"caf\xe9", 3, 4, "bad"), "next", EOFError()])
+
+    def read(prompt: str) -> str:
+        line = next(lines)
+        if isinstance(line, Exception):
+            raise line
+        return line
+
+    monkeypatch.setattr("builtins.input", read)
+    assert list(repl._lines(terminal=False)) == ["next"]
+    assert capsys.readouterr().err == "error: E_INPUT: the line is not UTF-8 at byte 3; type it again\n"
+
+
+def codes_in_source() -> set[str]:
+    """Of every string in the package that begins with, or is followed as, a code."""
+    found: set[str] = set()
+    for path in (ROOT / "duoserve").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found |= set(re.findall(r"(?:^|error: )(E_[A-Z0-9_]+)", node.value))
+    return found
+
+
+def statuses_in_source() -> dict[str, set[int]]:
+    """code -> exit statuses of its Refusals."""
+    found: dict[str, set[int]] = {}
+    for path in (ROOT / "duoserve").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Refusal":
+                code, status = node.args[0], node.args[3] if len(node.args) > 3 else ast.Constant(2)
+                assert isinstance(code, ast.Constant) and isinstance(status, ast.Constant), ast.unparse(node)
+                found.setdefault(str(code.value), set()).add(int(status.value))
+    return found
+
+
+def documented() -> dict[str, set[int]]:
+    rows = re.findall(r"^\| (E_[A-Z0-9_]+) \| ([-\d, ]+) \| (.+) \| (.+) \|$", DOCS.read_text(), re.MULTILINE)
+    assert len({code for code, *_ in rows}) == len(rows)
+    return {code: {int(n) for n in re.findall(r"\d+", status)} for code, status, _, _ in rows}
+
+
+def test_the_catalogue_has_every_code_of_the_source() -> None:
+    assert {case[0] for case in CASES} | ELSEWHERE == codes_in_source()
+    assert len(CASES) >= 40
+
+
+def test_the_docs_have_every_code_and_status_of_the_source() -> None:
+    assert set(documented()) == codes_in_source()
+    for code, statuses in statuses_in_source().items():
+        assert statuses <= documented()[code], code
+    for code in documented():
+        triggered = {case[2] for case in CASES if case[0] == code}
+        assert triggered <= documented()[code], code
