@@ -103,8 +103,9 @@ def convert(
     from duoserve.config import EngineConfig
 
     EngineConfig(format=format, dtype=dtype)  # refuse before torch is imported
-    from duoserve.checkpoint import quiet, resolve
+    from duoserve.checkpoint import quiet
     from duoserve.convert import convert as make_store
+    from duoserve.hub import resolve
     from duoserve.plan import size
 
     quiet()

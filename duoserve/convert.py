@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from duoserve.checkpoint import SIDE_FILES, Checkpoint, ExpertsSpec
+from duoserve.checkpoint import Checkpoint, ExpertsSpec
 from duoserve.codec import Layout, Param
 from duoserve.config import FORMATS
 from duoserve.core import Refusal, nearest
+from duoserve.folder import SIDE_FILES
 from duoserve.int4 import int4_order
 from duoserve.store import (
     ALIGN,
@@ -77,6 +78,12 @@ class Conversion:
         return sum(layout.slab_bytes * spec.n_experts for layout, spec in layers)
 
     @property
+    def trunk_dtype(self) -> torch.dtype:
+        """Of what was quantised in the checkpoint's trunk; all else there keeps its own."""
+        dtype: torch.dtype = getattr(torch, self.plain)
+        return dtype
+
+    @property
     def name(self) -> str:
         """A folder name that no other model or format has."""
         wide = "" if self.plain == "bfloat16" else f"-{self.plain}"
@@ -131,10 +138,11 @@ def _write(conversion: Conversion, out: Path, progress: Progress | None) -> None
             )
         )
         done += layout.slab_bytes * spec.n_experts
-    _write_trunk(out / TRUNK, checkpoint)
-    for file in checkpoint.side_files():
-        with replacing(out / file.name) as stream:
-            stream.write(file.read_bytes())
+    _write_trunk(out / TRUNK, checkpoint, conversion.trunk_dtype)
+    side_files = checkpoint.side_files()
+    for name, content in side_files.items():
+        with replacing(out / name) as stream:
+            stream.write(content)
     about = {
         "made_by": f"duoserve {__version__}",
         "dtype": str(checkpoint.dtype).removeprefix("torch."),
@@ -142,7 +150,7 @@ def _write(conversion: Conversion, out: Path, progress: Progress | None) -> None
         "ignored": checkpoint.ignored,
         "layouts": [layout.to_json() for layout in unique],
         "layers": [asdict(layer) for layer in layers],
-        "files": {name: file_checksum(out / name) for name in (TRUNK, *(f.name for f in checkpoint.side_files()))},
+        "files": {name: file_checksum(out / name) for name in (TRUNK, *side_files)},
     }
     write_manifest(out, conversion.job() | about)
     (out / JOB).unlink(missing_ok=True)
@@ -194,17 +202,18 @@ def _slabs(checkpoint: Checkpoint, spec: ExpertsSpec, layout: Layout, report: _R
         report.slabs(e + 1)
 
 
-def _write_trunk(path: Path, checkpoint: Checkpoint) -> None:
+def _write_trunk(path: Path, checkpoint: Checkpoint, plain: torch.dtype) -> None:
     def pieces(name: str) -> Callable[[], Iterable[torch.Tensor]]:
-        return lambda: [checkpoint.tensor(name)]
+        return lambda: checkpoint.trunk_pieces(name, plain)
 
-    write_safetensors(path, [Entry(name, dtype, shape, pieces(name)) for name, dtype, shape in checkpoint.trunk()])
+    write_safetensors(path, [Entry(name, dtype, shape, pieces(name)) for name, dtype, shape in checkpoint.trunk(plain)])
 
 
 def _store_bytes(conversion: Conversion) -> int:
     checkpoint = conversion.checkpoint
-    trunk = sum(Entry(name, dtype, shape, lambda: []).n_bytes for name, dtype, shape in checkpoint.trunk())
-    side = sum(file.stat().st_size for file in checkpoint.side_files())
+    entries = checkpoint.trunk(conversion.trunk_dtype)
+    trunk = sum(Entry(name, dtype, shape, lambda: []).n_bytes for name, dtype, shape in entries)
+    side = sum(len(content) for content in checkpoint.side_files().values())
     return conversion.slab_bytes + ALIGN * len(conversion.layouts) + trunk + side
 
 

@@ -17,11 +17,12 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 
-from duoserve.checkpoint import quiet, read_config, resolve
+from duoserve.checkpoint import quiet, read_config
 from duoserve.config import EngineConfig
 from duoserve.convert import Conversion, Progress, write_store
 from duoserve.core import Refusal, nearest
 from duoserve.device import Device, in_background, open_device
+from duoserve.hub import resolve
 from duoserve.model import load_model
 from duoserve.moe import Cancelled
 from duoserve.plan import Plan, make_plan, size

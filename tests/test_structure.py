@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = {
-    0: {"version", "core", "config", "device", "int4", "codec", "checkpoint"},
+    0: {"version", "core", "config", "device", "int4", "codec", "checkpoint", "folder", "published", "hub", "sizing"},
     1: {"store", "cache", "experts", "trunk"},
     2: {"convert", "transfer"},
     3: {"prefill", "decode"},
@@ -24,7 +24,21 @@ FLOORS = {
     10: {"cli"},
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
-SIDE_BY_SIDE = {("config", "core"), ("device", "core"), ("codec", "core"), ("codec", "int4"), ("checkpoint", "core")}
+SIDE_BY_SIDE = {
+    ("config", "core"),
+    ("device", "core"),
+    ("codec", "core"),
+    ("codec", "int4"),
+    ("checkpoint", "core"),
+    ("checkpoint", "folder"),
+    ("checkpoint", "published"),
+    ("published", "core"),
+    ("folder", "core"),
+    ("sizing", "core"),
+    ("hub", "core"),
+    ("hub", "folder"),
+    ("hub", "device"),
+}
 MACHINE = re.compile(
     r"torch\.cuda|pin_memory|cudart|cudaHost|\.cuda\(|threading\.Thread\b|ThreadPoolExecutor|Stream\(\)"
 )
