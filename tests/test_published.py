@@ -151,7 +151,8 @@ def logits(model: Any) -> torch.Tensor:
 
 
 def stock(folder: Path, how: Any) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=how).eval()
+    """Its own dequantisation; transformers 5.17 leaves MXFP4 in bfloat16 (exact there), whatever was asked for."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=how).float().eval()
 
 
 def same_as(wide: Path, quantised: Path, load: Callable[..., Any]) -> torch.Tensor:
