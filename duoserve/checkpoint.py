@@ -139,6 +139,11 @@ def find_experts(model: Any) -> list[ExpertsSpec]:
     return specs
 
 
+def check_config(folder: Path) -> None:
+    """Refuse what `Checkpoint` would refuse for its config, before the weights are there."""
+    find_experts(build_meta(read_config(folder), torch.bfloat16))
+
+
 class Checkpoint:
     """A hub-layout folder of safetensors files, seen through transformers' conversion mapping.
 

@@ -20,6 +20,9 @@ from duoserve.codec import Layout, Param
 from duoserve.config import FORMATS
 from duoserve.core import Refusal, nearest
 from duoserve.folder import SIDE_FILES
+from duoserve.folder import SIDE_FILES, weight_files
+from duoserve.hub import check
+from duoserve.hub import source as source_of
 from duoserve.int4 import int4_order
 from duoserve.store import (
     ALIGN,
@@ -59,7 +62,7 @@ class Conversion:
         """What is not quantised is stored as the checkpoint has it, but float32 as bfloat16 unless `dtype` is "float32"."""
         if format not in FORMATS:
             raise Refusal("E_OPTION", f"unknown format {format!r}", nearest(format, FORMATS))
-        checkpoint = Checkpoint(source)
+        checkpoint = _opened(source)
         plain = str(checkpoint.dtype).removeprefix("torch.")
         if dtype == "bfloat16" or (plain == "float32" and dtype != "float32"):
             plain = "bfloat16"
@@ -87,7 +90,9 @@ class Conversion:
     def name(self) -> str:
         """A folder name that no other model or format has."""
         wide = "" if self.plain == "bfloat16" else f"-{self.plain}"
-        return f"{self.checkpoint.folder.resolve().name}-{self.checkpoint.fingerprint[:12]}-{self.format}{wide}"
+        came_from = source_of(self.checkpoint.folder)
+        folder = came_from["repo"].replace("/", "--") if came_from else self.checkpoint.folder.resolve().name
+        return f"{folder}-{self.checkpoint.fingerprint[:12]}-{self.format}{wide}"
 
     def job(self) -> dict[str, Any]:
         """What tells this store from every other; int4 stores of other CPUs are as good, but not to be continued here."""
@@ -114,9 +119,21 @@ def write_store(conversion: Conversion, out: Path, progress: Progress | None = N
     """Carry a conversion out; see `convert`. Where another process makes the same store, wait for it and take it."""
     out.mkdir(parents=True, exist_ok=True)
     with exclusive(out, lambda what: progress(0, conversion.slab_bytes, what) if progress else None):
+        if not is_store(out) or _is_damaged(out):  # before wrong bytes become a job that right ones would not match
+            folder = conversion.checkpoint.folder
+            check(folder, weight_files(folder), progress)
         if _prepare(out, conversion.job(), _store_bytes(conversion)):
             _write(conversion, out, progress)
     return out
+
+
+def _opened(source: Path) -> Checkpoint:
+    try:
+        return Checkpoint(source)
+    except Refusal:
+        if source_of(source):  # bytes that went wrong on their way explain it better, and must be fetched again
+            check(source, weight_files(source))
+        raise
 
 
 def _write(conversion: Conversion, out: Path, progress: Progress | None) -> None:
@@ -124,7 +141,9 @@ def _write(conversion: Conversion, out: Path, progress: Progress | None) -> None
     unique, layers, done = list(dict.fromkeys(layouts)), [], 0
     for i, (spec, layout) in enumerate(zip(checkpoint.specs, layouts, strict=True)):
         path = out / f"experts-{i:03d}.safetensors"
-        report = _Report(progress, done, conversion.slab_bytes, f"layer {i + 1} of {len(layouts)}", layout.slab_bytes)
+        report = _Report(
+            progress, done, conversion.slab_bytes, f"converting layer {i + 1} of {len(layouts)}", layout.slab_bytes
+        )
         start = _write_layer(path, checkpoint, spec, layout, report)
         layers.append(
             LayerFile(
@@ -147,6 +166,7 @@ def _write(conversion: Conversion, out: Path, progress: Progress | None) -> None
         "made_by": f"duoserve {__version__}",
         "dtype": str(checkpoint.dtype).removeprefix("torch."),
         "bf16_bytes": conversion.size.bf16_bytes,
+        "source": source_of(checkpoint.folder),
         "ignored": checkpoint.ignored,
         "layouts": [layout.to_json() for layout in unique],
         "layers": [asdict(layer) for layer in layers],
