@@ -19,7 +19,6 @@ from duoserve.checkpoint import Checkpoint, ExpertsSpec
 from duoserve.codec import Layout, Param
 from duoserve.config import FORMATS
 from duoserve.core import Refusal, nearest
-from duoserve.folder import SIDE_FILES
 from duoserve.folder import SIDE_FILES, weight_files
 from duoserve.hub import check
 from duoserve.hub import source as source_of
