@@ -10,6 +10,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -35,11 +36,11 @@ PROGRESS = re.compile(r"(fetching|checking|converting) .*: \d+ of \d+ MiB(, \d+ 
 
 @dataclass
 class Fault:
-    """What goes wrong with the next `times` answers about `file`: "cut", "short", "long", "flip", "500"; `at` is a byte."""
+    """What goes wrong with the next `times` answers about `file`: "cut", "short", "long", "flip", "500", "stall"."""
 
     kind: str
     file: str
-    at: int = 0
+    at: int = 0  # the byte where it happens
     times: int = 1
 
 
@@ -54,6 +55,8 @@ class Hub:
     heard: list[tuple[str, str, str]] = field(default_factory=list)  # method, file, range
     big: dict[str, int] = field(default_factory=dict)  # sizes to list instead of the true ones
     url: str = ""
+    stalled: threading.Event = field(default_factory=threading.Event)
+    go_on: threading.Event = field(default_factory=threading.Event)
 
     def fault(self, file: str, *kinds: str) -> Fault | None:
         for fault in self.faults:
@@ -148,7 +151,10 @@ class Handler(BaseHTTPRequestHandler):
             return self.refuse(404, "EntryNotFound")
         data = path.read_bytes()
         start = int(span.removeprefix("bytes=").split("-")[0]) if span else 0
-        fault = self.hub.fault(name, "cut", "short", "flip", "500") if body else self.hub.fault(name, "long")
+        fault = self.hub.fault(name, "cut", "short", "flip", "500", "stall") if body else self.hub.fault(name, "long")
+        if fault and fault.kind == "stall":
+            self.hub.stalled.set()
+            self.hub.go_on.wait(60)
         if fault and fault.kind == "500":
             return self.refuse(500, "")
         self.send_response(206 if span else 200)
@@ -194,6 +200,7 @@ def server(toy: Any, tmp_path: Path) -> Iterator[Hub]:
     made.url = f"http://127.0.0.1:{http.server_port}"
     threading.Thread(target=http.serve_forever, args=(0.05,), daemon=True).start()
     yield made
+    made.go_on.set()
     http.shutdown()
     http.server_close()
 
@@ -204,14 +211,17 @@ class Done:
     stderr: str
 
 
-def command(server: Hub, tmp_path: Path, *args: str, offline: bool = False) -> Done:
-    """The command in a process of its own, as a user runs it."""
-    env = os.environ | {
+def environment(server: Hub, tmp_path: Path, offline: bool = False) -> dict[str, str]:
+    return os.environ | {
         "HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": str(int(offline)),
         "HF_HUB_DISABLE_XET": "1", "DUOSERVE_CACHE": str(tmp_path / "cache"),
     }  # fmt: skip
+
+
+def command(server: Hub, tmp_path: Path, *args: str) -> Done:
+    """The command in a process of its own, as a user runs it."""
     line = [sys.executable, "-m", "duoserve.cli", *args]
-    done = subprocess.run(line, capture_output=True, text=True, env=env, timeout=240)
+    done = subprocess.run(line, capture_output=True, text=True, env=environment(server, tmp_path), timeout=240)
     return Done(done.returncode, done.stderr)
 
 
@@ -371,8 +381,26 @@ def test_what_cannot_be_had_is_one_line(bad_repos: Hub, run: Run, tmp_path: Path
 def test_offline_and_no_network_say_so(server: Hub, run: Run, tmp_path: Path) -> None:
     line = refused(run("convert", "org/toy", "-o", str(tmp_path / "s"), offline=True), "E_OFFLINE", 3)
     assert "HF_HUB_OFFLINE" in line and not server.heard
-    server.url = "http://127.0.0.1:9"
+    url, server.url = server.url, "http://127.0.0.1:9"
     refused(run("convert", "org/toy", "-o", str(tmp_path / "s")), "E_HUB", 3)
+    server.url = url
+    assert run("convert", "org/toy", "-o", str(tmp_path / "s")).returncode == 0
+    server.url = "http://127.0.0.1:9"
+    with pytest.warns(UserWarning, match=f"going on with commit {COMMIT[:12]} from the hub cache"):
+        assert run("convert", "org/toy", "-o", str(tmp_path / "t")).returncode == 0
+
+
+def test_an_interrupted_download_ends_at_once(server: Hub, tmp_path: Path) -> None:
+    """Ctrl-C while the hub is silent; the server would go on only after the process has ended."""
+    shard = next(server.repos["org/toy"][COMMIT].glob("*.safetensors"))
+    server.faults = [Fault("stall", shard.name)]
+    line = [sys.executable, "-m", "duoserve.cli", "convert", "org/toy", "-o", str(tmp_path / "s")]
+    process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True, env=environment(server, tmp_path))
+    assert server.stalled.wait(60)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=30)[1]
+    assert process.returncode == 130 and "Traceback" not in said, said
+    assert not server.go_on.is_set()
 
 
 def test_files_never_come_from_two_commits(server: Hub, run: Run, tmp_path: Path, toy: Any) -> None:
