@@ -1,9 +1,9 @@
-"""The seam to transformers, and the only file that touches what transformers does not document.
+"""The seam to transformers, and beside sizing.py the only file that touches what transformers does not document.
 
-Knows how a hub checkpoint is named and sharded, how transformers renames and fuses its tensors, and how a stock model is
-built on the meta device with its routed experts taken out. Knows no formats, stores, slots or streams. Tested on
-transformers 5.17 and on the newest: `LoadStateDictConfig`, `_load_pretrained_model`, `_finalize_model_loading`,
-`get_model_conversion_mapping`, `rename_source_key` and `WeightConverter.convert` are private there and may move.
+Knows how transformers renames and fuses a checkpoint's tensors, and how a stock model is built on the meta device with its
+routed experts taken out. Knows no formats, stores, slots or streams. Tested on transformers 5.17 and on the newest:
+`LoadStateDictConfig`, `_load_pretrained_model`, `_finalize_model_loading`, `get_model_conversion_mapping`,
+`rename_source_key` and `WeightConverter.convert` are private there and may move.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import os
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,24 +20,23 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.fx.experimental._config as torch_shapes
 import transformers
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 from transformers.modeling_utils import LoadStateDictConfig
 
+from duoserve import published
 from duoserve.core import Refusal
+from duoserve.folder import CONFIG, read_raw, side_files, weight_files
+from duoserve.published import Stored
 
-SIDE_FILES = re.compile(
-    r"(config|generation_config|tokenizer.*|special_tokens_map|added_tokens|vocab|merges|chat_template.*)"
-    r"\.(json|jinja|txt|model)|chat_template\.jinja|tokenizer\.model|.*\.tiktoken"
-)
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_FLOATS = {"BF16": torch.bfloat16, "F32": torch.float32, "F16": torch.float16}
+_NAMES = {dtype: name for name, dtype in _FLOATS.items()}
 _SAMPLED_TENSORS = 4096
 _WHOLE_FILE = 64 << 20
-_LEAST_PERIOD = 128  # tokens; no compressed cache joins more into one
 
 
 def _first_line(error: BaseException) -> str:
@@ -51,59 +50,13 @@ def quiet() -> None:
     transformers.logging.disable_progress_bar()
 
 
-def resolve(model: str | os.PathLike[str]) -> Path:
-    """The folder behind MODEL: a path, or a hub id downloaded (or found in the hub cache, offline) by huggingface_hub."""
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return path
-    name = os.fspath(model)
-    if path.exists() or not _HUB_ID.fullmatch(name) or name.count("/") != 1:
-        raise Refusal(
-            "E_MODEL", f"no model folder {name!r} here", "give a checkpoint folder, an expert store or a hub id", 3
-        )
-    import huggingface_hub
-
-    try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                name,
-                allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken"],
-                ignore_patterns=["*/*", "consolidated*"],  # the same weights once more, in other layouts
-            )
-        )
-    except Exception as error:  # the hub's many ways to say no, in one line
-        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
-        raise Refusal(
-            "E_MODEL",
-            f"{name!r} is no folder here and the hub gave no such model ({reason})",
-            "check the name and the network",
-            3,
-        ) from error
-
-
 def read_config(folder: Path) -> Any:
-    """The stock config; refuses anything that would run code or that we cannot read."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise Refusal(
-            "E_MODEL", f"{folder} has no config.json", "give a checkpoint folder, an expert store or a hub id", 3
-        )
+    """The stock config, of the model before it was quantised; refuses what would run code or what we cannot read."""
+    raw = read_raw(folder)
+    published.scheme(raw)
     try:
-        raw = json.loads(path.read_text())
-    except (ValueError, UnicodeDecodeError) as error:
-        raise Refusal("E_CONFIG", f"{path} is not JSON ({error})", "fetch the checkpoint again", 5) from error
-    if not isinstance(raw, dict):
-        raise Refusal(
-            "E_CONFIG", f"{path} holds a {type(raw).__name__}, not an object", "fetch the checkpoint again", 5
-        )
-    if "auto_map" in raw:
-        raise Refusal(
-            "E_REMOTE_CODE",
-            f"{folder} wants to run its own code (auto_map)",
-            "use a checkpoint that transformers knows",
-        )
-    try:
-        return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        return _unquantised(config)
     except Exception as error:
         kind = raw.get("model_type")
         raise Refusal(
@@ -111,6 +64,12 @@ def read_config(folder: Path) -> Any:
             f"transformers {transformers.__version__} cannot read the config of model type {kind!r}",
             "use a model type that it knows, or a newer transformers",
         ) from error
+
+
+def _unquantised(config: Any) -> Any:
+    for part in (config, *(value for value in vars(config).values() if isinstance(value, PreTrainedConfig))):
+        vars(part).pop("quantization_config", None)
+    return config
 
 
 def build_meta(config: Any, dtype: torch.dtype) -> Any:
@@ -180,6 +139,11 @@ def find_experts(model: Any) -> list[ExpertsSpec]:
     return specs
 
 
+def check_config(folder: Path) -> None:
+    """Refuse what `Checkpoint` would refuse for its config, before the weights are there."""
+    find_experts(build_meta(read_config(folder), torch.bfloat16))
+
+
 class Checkpoint:
     """A hub-layout folder of safetensors files, seen through transformers' conversion mapping.
 
@@ -189,49 +153,33 @@ class Checkpoint:
     def __init__(self, folder: Path):
         self.folder = folder
         self.config = read_config(folder)
-        quantization = getattr(self.config, "quantization_config", None)
-        if quantization:
-            method = quantization.get("quant_method") if isinstance(quantization, dict) else type(quantization).__name__
-            raise Refusal(
-                "E_QUANTISED", f"the checkpoint is quantised already ({method})", "use the bf16 original of this model"
-            )
-        self._at: dict[str, Any] = {}
-        for file in _weight_files(folder):
-            try:
-                handle = safe_open(file, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise Refusal(
-                    "E_CORRUPT", f"{file} is not a whole safetensors file ({error})", "fetch it again", 5
-                ) from error
-            for key in handle.keys():
-                self._at[key] = handle
+        self.scheme = published.scheme(read_raw(folder))
+        self._tensors = published.tensors(_stored(folder), self.scheme)
         self.model = build_meta(self.config, self.dtype)
         self.specs = find_experts(self.model)
         self._plan()
 
     @cached_property
     def dtype(self) -> torch.dtype:
-        """The dtype that most bytes of the checkpoint are stored in."""
+        """The dtype that most values are stored in, quantised ones apart; float32 where those would fit nothing narrower."""
         sizes: dict[str, int] = {}
-        for key in self._at:
-            part = self._slice(key)
-            n = 1
-            for side in part.get_shape():
-                n *= side
-            sizes[part.get_dtype()] = sizes.get(part.get_dtype(), 0) + n
-        names = {"BF16": torch.bfloat16, "F32": torch.float32, "F16": torch.float16}
-        common = max(sizes, key=lambda name: sizes[name])
-        if common not in names:
+        for tensor in self._tensors.values():
+            if isinstance(tensor, published.Fp8):
+                return torch.float32
+            if isinstance(tensor, Stored):
+                sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + math.prod(tensor.shape)
+        common = max(sizes, key=lambda name: sizes[name], default="nothing")
+        if common not in _FLOATS:
             raise Refusal(
                 "E_QUANTISED", f"the checkpoint's weights are stored as {common}", "use a bf16, f16 or f32 checkpoint"
             )
-        return names[common]
+        return _FLOATS[common]
 
     @cached_property
     def fingerprint(self) -> str:
         """Identity of the model: its config, its tensors' names and shapes, and their bytes (sampled where large)."""
-        digest = hashlib.sha256((self.folder / "config.json").read_bytes())
-        for file in _weight_files(self.folder):
+        digest = hashlib.sha256((self.folder / CONFIG).read_bytes())
+        for file in weight_files(self.folder):
             with open(file, "rb") as stream:
                 digest.update(f"{file.name} {file.stat().st_size}".encode())
                 if file.stat().st_size <= _WHOLE_FILE:
@@ -246,18 +194,32 @@ class Checkpoint:
                     digest.update(stream.read(4096))
         return digest.hexdigest()[:32]
 
-    def side_files(self) -> list[Path]:
-        """Config, generation config, tokenizer and chat template."""
-        return [p for p in sorted(self.folder.iterdir()) if p.is_file() and SIDE_FILES.fullmatch(p.name)]
+    def side_files(self) -> dict[str, bytes]:
+        """Config, generation config, tokenizer and chat template: of the model as it is here, no longer quantised."""
+        files = {file.name: file.read_bytes() for file in side_files(self.folder)}
+        if self.scheme:
+            files[CONFIG] = json.dumps(published.without(read_raw(self.folder)), indent=2).encode()
+        return files
 
-    def trunk(self) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-        """Name, safetensors dtype and shape of each checkpoint tensor that is no routed expert and that the model uses."""
+    def trunk(self, plain: torch.dtype) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+        """Name, safetensors dtype and shape of each tensor that is no routed expert and that the model uses.
+
+        `plain` is what `trunk_pieces` makes of quantised ones; the others stay as they are stored.
+        """
         for key in self._trunk:
-            part = self._slice(key)
-            yield key, part.get_dtype(), tuple(part.get_shape())
+            tensor = self._tensors[key]
+            yield key, tensor.dtype if isinstance(tensor, Stored) else _NAMES[plain], tensor.shape
 
-    def tensor(self, key: str) -> torch.Tensor:
-        return self._at[key].get_tensor(key)
+    def trunk_pieces(self, key: str, plain: torch.dtype) -> Iterator[torch.Tensor]:
+        """A tensor of `trunk`, some rows at a time."""
+        tensor = self._tensors[key]
+        wanted = None if isinstance(tensor, Stored) else plain
+        if len(tensor.shape) < 2:
+            yield tensor.whole(wanted)
+            return
+        step = max(1, published.AT_ONCE // max(1, math.prod(tensor.shape[1:])))
+        for start in range(0, tensor.shape[0], step):
+            yield tensor.rows(start, min(tensor.shape[0], start + step), wanted)
 
     def total_parameters(self) -> int:
         return sum(p.numel() for p in self.model.parameters())
@@ -267,19 +229,16 @@ class Checkpoint:
         target = f"{spec.name}.{param}"
         sources = self._experts[target]
         if None in sources:  # stored fused, under the same name
-            return self._slice(sources[None][0])[e : e + 1][0].to(wanted)
+            return self._tensors[sources[None][0]].rows(e, e + 1, wanted)[0]
         converter = copy.deepcopy(self._converter[next(iter(sources))])
         for pattern, keys in sources.items():
-            part = self.tensor(keys[e]) if len(keys) > 1 else self._slice(keys[0])[e : e + 1]
-            part = part.to(wanted)  # narrower before tensors are joined, which takes their size once more
+            whole = len(keys) > 1  # narrower before tensors are joined, which takes their size once more
+            part = self._tensors[keys[e]].whole(wanted) if whole else self._tensors[keys[0]].rows(e, e + 1, wanted)
             converter.add_tensor(target, keys[0], pattern, cast(Any, lambda part=part: part))
             del part
         value = converter.convert(target, model=self.model, config=self.config)[target]
         value = value[0] if isinstance(value, list) else value
         return value[0]
-
-    def _slice(self, key: str) -> Any:
-        return self._at[key].get_slice(key)
 
     def _plan(self) -> None:
         """Sort the tensors into trunk, experts (target -> source pattern -> keys) and what the model ignores."""
@@ -293,7 +252,7 @@ class Checkpoint:
         self._trunk: list[str] = []
         self._plain_trunk: dict[str, str] = {}  # checkpoint's name -> model's, where nothing but the name changes
         self.ignored: list[str] = []
-        for key in sorted(self._at, key=dot_natural_key):
+        for key in sorted(self._tensors, key=dot_natural_key):
             name, pattern = rename_source_key(key, renamings, converters, self.model.base_model_prefix, known)
             if name not in known and key in known:
                 name, pattern = rename_source_key(key, [], [], self.model.base_model_prefix, known)
@@ -320,14 +279,22 @@ class Checkpoint:
         for spec in self.specs:
             for param, shape in spec.parameters.items():
                 sources = self._experts[f"{spec.name}.{param}"]
-                stored = [tuple(self._slice(key).get_shape()) for keys in sources.values() for key in keys]
+                integers = [key for keys in sources.values() for key in keys if self._tensors[key].dtype[0] in "UI"]
+                if integers:
+                    raise _integers(integers[0], self._tensors[integers[0]].dtype)
+                stored = [self._tensors[key].shape for keys in sources.values() for key in keys]
                 if (param, shape) not in kinds:
                     self._same(f"{spec.name}.{param} of one expert", tuple(self.expert(spec, param, 0).shape), shape)
                     kinds[param, shape] = spec.name, stored
+                for keys in sources.values():
+                    for key in keys:
+                        self._same(key, self._tensors[key].shape, self._tensors[keys[0]].shape)
                 for got, want in zip(stored, kinds[param, shape][1], strict=False):
                     self._same(f"a tensor of {spec.name}.{param}", got, want)
         for key, name in self._plain_trunk.items():
-            self._same(key, tuple(self._slice(key).get_shape()), tuple(known[name].shape))
+            if known[name].is_floating_point() and self._tensors[key].dtype[0] in "UI":
+                raise _integers(key, self._tensors[key].dtype)
+            self._same(key, self._tensors[key].shape, tuple(known[name].shape))
 
     @staticmethod
     def _same(what: str, got: tuple[int, ...], want: tuple[int, ...]) -> None:
@@ -338,6 +305,10 @@ class Checkpoint:
                 "fetch a checkpoint that matches its config",
                 5,
             )
+
+
+def _integers(key: str, dtype: str) -> Refusal:
+    return Refusal("E_QUANTISED", f"{key} is stored as {dtype}", "use the bf16 original of this model")
 
 
 def load_trunk(model: Any, file: Path, dtype: torch.dtype) -> None:
@@ -384,102 +355,15 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
     setattr(model.get_submodule(parent), leaf, new)
 
 
-def tensor_bytes(model: Any, dtype: torch.dtype) -> int:
-    """Bytes of all parameters and buffers of a meta model once loaded, tied ones once, what must stay float32 as such."""
-    plan = {re.compile(_glob(pattern)): kept for pattern, kept in model._get_dtype_plan(dtype).items()}
-    total, seen = 0, set()
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            kept = next((d for pattern, d in plan.items() if pattern.search(name)), tensor.dtype)
-            total += tensor.numel() * (kept if tensor.is_floating_point() else tensor.dtype).itemsize
-    return total
-
-
-def _glob(pattern: str) -> str:
-    return pattern.replace("*", ".*")
-
-
-def kv_bytes(model: Any, tokens: int) -> int:
-    """Bytes of cache after `tokens` tokens of one sequence, by running the meta model: exact for any attention.
-
-    Where the model cannot run on meta: a bound, as if every layer kept keys and values of every attention head.
-    `model` must be on meta with its experts replaced by something that runs there.
-    """
-    ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
-    text = model.config.get_text_config(decoder=True)
-    try:  # the cache that `generate` would make; indexers ask for the non-zeros of a mask, which has none on meta
-        cache = transformers.DynamicCache(config=text) if model._supports_default_dynamic_cache() else None
-        with torch.no_grad(), torch_shapes.patch(meta_nonzero_assume_all_nonzero=True):  # type: ignore[attr-defined]
-            out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            return cache_bytes(out.past_key_values)
-    except Refusal:
-        raise
-    except Exception:
-        return _kv_bound(text.to_dict(), tokens, model.dtype)
-
-
-def _kv_bound(text: dict[str, Any], tokens: int, dtype: torch.dtype) -> int:
-    head = max((side for name, side in text.items() if name.endswith("head_dim") and isinstance(side, int)), default=0)
-    width = max(int(text["hidden_size"]), int(text["num_attention_heads"]) * head)
-    return 2 * int(text["num_hidden_layers"]) * width * tokens * dtype.itemsize
-
-
-def kv_period(config: Any) -> int:
-    """Tokens after which a cache has seen every window and block: from there on each period adds the same."""
-    text = config.get_text_config().to_dict()
-    sides = [side for name, side in text.items() if re.search("window|chunk|block_size", name) and type(side) is int]
-    return -(-max([1, *sides]) // _LEAST_PERIOD) * _LEAST_PERIOD
-
-
-def cache_bytes(cache: Any) -> int:
-    """Bytes that a transformers cache holds in tensors: keys and values, index keys, states of linear attention."""
-    held = [tensor for part in (cache, *getattr(cache, "layers", ())) for tensor in _tensors(vars(part))]
-    return sum(tensor.numel() * tensor.element_size() for tensor in {id(tensor): tensor for tensor in held}.values())
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (list, tuple, dict)):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(part)
-
-
-def model_limit(config: Any) -> int | None:
-    """The longest context the model was made for, where its config says."""
-    text = config.get_text_config()
-    return cast("int | None", getattr(text, "max_position_embeddings", None))
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if index.is_file():
+def _stored(folder: Path) -> dict[str, Stored]:
+    """The tensors of a folder's safetensors files, memory-mapped."""
+    found: dict[str, Stored] = {}
+    for file in weight_files(folder):
         try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise Refusal("E_CORRUPT", f"{index} is not a shard index ({error!r})", "fetch it again", 5) from error
-        bad = [n for n in names if not isinstance(n, str) or os.path.basename(n) != n or not n.endswith(".safetensors")]
-        if bad:
+            handle = safe_open(file, framework="pt")
+        except (SafetensorError, OSError) as error:
             raise Refusal(
-                "E_CORRUPT", f"{index} names {bad[0]!r}, which is no file of this folder", "fetch it again", 5
-            )
-        if not names:
-            raise Refusal("E_CORRUPT", f"{index} names 0 shards", "fetch it again", 5)
-        missing = [n for n in names if not (folder / n).is_file()]
-        if missing:
-            raise Refusal(
-                "E_CORRUPT",
-                f"{len(missing)} of {len(names)} shards are missing, {missing[0]} first",
-                "fetch them again",
-                5,
-            )
-        return [folder / n for n in names]
-    if single.is_file():
-        return [single]
-    raise Refusal(
-        "E_MODEL",
-        f"{folder} has no model.safetensors (other weight formats can run code when loaded)",
-        "use a safetensors checkpoint",
-        3,
-    )
+                "E_CORRUPT", f"{file} is not a whole safetensors file ({error})", "fetch it again", 5
+            ) from error
+        found |= {key: Stored(handle, key) for key in handle.keys()}
+    return found

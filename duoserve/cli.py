@@ -104,13 +104,14 @@ def convert(
     from duoserve.config import EngineConfig
 
     EngineConfig(format=format, dtype=dtype)  # refuse before torch is imported
-    from duoserve.checkpoint import quiet, resolve
+    from duoserve.checkpoint import check_config, quiet
     from duoserve.convert import convert as make_store
+    from duoserve.hub import resolve
     from duoserve.plan import size
 
     quiet()
     with _progress() as progress:
-        folder = make_store(resolve(model), out, format, dtype, progress)
+        folder = make_store(resolve(model, progress, check_config), out, format, dtype, progress)
     total = sum(file.stat().st_size for file in folder.iterdir())
     print(f"{folder}: {format} expert store, {size(total)}")
 
@@ -215,13 +216,13 @@ def _engine(model: str | None, options: dict[str, Any]) -> Iterator[Engine]:
 
 @contextmanager
 def _progress() -> Iterator[Progress]:
-    """Conversion progress on stderr: a bar with ETA in a terminal, else a line every 5 s."""
+    """Progress of fetching and converting on stderr: a bar with ETA in a terminal, else a line every 5 s."""
     if sys.stderr.isatty():
         from rich.console import Console
         from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = (
-            TextColumn("converting {task.description}"),
+            TextColumn("{task.description}"),
             BarColumn(),
             DownloadColumn(),
             TextColumn("ETA"),
@@ -238,10 +239,8 @@ def _progress() -> Iterator[Progress]:
         now = time.monotonic()
         if now - said >= 5:
             said = now
-            left = (now - began) * (total - done) / done if done else float("nan")
-            print(
-                f"converting {what}: {done >> 20} of {total >> 20} MiB, {left:.0f} s left", file=sys.stderr, flush=True
-            )
+            left = f", {(now - began) * (total - done) / done:.0f} s left" if done else ""
+            print(f"{what}: {done >> 20} of {total >> 20} MiB{left}", file=sys.stderr, flush=True)
 
     yield line
 

@@ -15,10 +15,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from duoserve.checkpoint import SIDE_FILES, Checkpoint, ExpertsSpec
+from duoserve.checkpoint import Checkpoint, ExpertsSpec
 from duoserve.codec import Layout, Param
 from duoserve.config import FORMATS
 from duoserve.core import Refusal, nearest
+from duoserve.folder import SIDE_FILES, weight_files
+from duoserve.hub import check
+from duoserve.hub import source as source_of
 from duoserve.int4 import int4_order
 from duoserve.store import (
     ALIGN,
@@ -58,7 +61,7 @@ class Conversion:
         """What is not quantised is stored as the checkpoint has it, but float32 as bfloat16 unless `dtype` is "float32"."""
         if format not in FORMATS:
             raise Refusal("E_OPTION", f"unknown format {format!r}", nearest(format, FORMATS))
-        checkpoint = Checkpoint(source)
+        checkpoint = _opened(source)
         layouts = layouts_of(checkpoint.specs, format, dtype, str(checkpoint.dtype).removeprefix("torch."))
         return cls(checkpoint, format, layouts[0].plain, layouts)
 
@@ -73,10 +76,18 @@ class Conversion:
         return sum(layout.slab_bytes * spec.n_experts for layout, spec in layers)
 
     @property
+    def trunk_dtype(self) -> torch.dtype:
+        """Of what was quantised in the checkpoint's trunk; all else there keeps its own."""
+        dtype: torch.dtype = getattr(torch, self.plain)
+        return dtype
+
+    @property
     def name(self) -> str:
         """A folder name that no other model or format has."""
         wide = "" if self.plain == "bfloat16" else f"-{self.plain}"
-        return f"{self.checkpoint.folder.resolve().name}-{self.checkpoint.fingerprint[:12]}-{self.format}{wide}"
+        came_from = source_of(self.checkpoint.folder)
+        folder = came_from["repo"].replace("/", "--") if came_from else self.checkpoint.folder.resolve().name
+        return f"{folder}-{self.checkpoint.fingerprint[:12]}-{self.format}{wide}"
 
     def job(self) -> dict[str, Any]:
         """What tells this store from every other; int4 stores of other CPUs are as good, but not to be continued here."""
@@ -103,9 +114,21 @@ def write_store(conversion: Conversion, out: Path, progress: Progress | None = N
     """Carry a conversion out; see `convert`. Where another process makes the same store, wait for it and take it."""
     out.mkdir(parents=True, exist_ok=True)
     with exclusive(out, lambda what: progress(0, conversion.slab_bytes, what) if progress else None):
+        if not is_store(out) or _is_damaged(out):  # before wrong bytes become a job that right ones would not match
+            folder = conversion.checkpoint.folder
+            check(folder, weight_files(folder), progress)
         if _prepare(out, conversion.job(), _store_bytes(conversion)):
             _write(conversion, out, progress)
     return out
+
+
+def _opened(source: Path) -> Checkpoint:
+    try:
+        return Checkpoint(source)
+    except Refusal:
+        if source_of(source):  # bytes that went wrong on their way explain it better, and must be fetched again
+            check(source, weight_files(source))
+        raise
 
 
 def _write(conversion: Conversion, out: Path, progress: Progress | None) -> None:
@@ -113,7 +136,9 @@ def _write(conversion: Conversion, out: Path, progress: Progress | None) -> None
     unique, layers, done = list(dict.fromkeys(layouts)), [], 0
     for i, (spec, layout) in enumerate(zip(checkpoint.specs, layouts, strict=True)):
         path = out / f"experts-{i:03d}.safetensors"
-        report = _Report(progress, done, conversion.slab_bytes, f"layer {i + 1} of {len(layouts)}", layout.slab_bytes)
+        report = _Report(
+            progress, done, conversion.slab_bytes, f"converting layer {i + 1} of {len(layouts)}", layout.slab_bytes
+        )
         start = _write_layer(path, checkpoint, spec, layout, report)
         layers.append(
             LayerFile(
@@ -127,18 +152,20 @@ def _write(conversion: Conversion, out: Path, progress: Progress | None) -> None
             )
         )
         done += layout.slab_bytes * spec.n_experts
-    _write_trunk(out / TRUNK, checkpoint)
-    for file in checkpoint.side_files():
-        with replacing(out / file.name) as stream:
-            stream.write(file.read_bytes())
+    _write_trunk(out / TRUNK, checkpoint, conversion.trunk_dtype)
+    side_files = checkpoint.side_files()
+    for name, content in side_files.items():
+        with replacing(out / name) as stream:
+            stream.write(content)
     about = {
         "made_by": f"duoserve {__version__}",
         "dtype": str(checkpoint.dtype).removeprefix("torch."),
         "bf16_bytes": conversion.size.bf16_bytes,
+        "source": source_of(checkpoint.folder),
         "ignored": checkpoint.ignored,
         "layouts": [layout.to_json() for layout in unique],
         "layers": [asdict(layer) for layer in layers],
-        "files": {name: file_checksum(out / name) for name in (TRUNK, *(f.name for f in checkpoint.side_files()))},
+        "files": {name: file_checksum(out / name) for name in (TRUNK, *side_files)},
     }
     write_manifest(out, conversion.job() | about)
     (out / JOB).unlink(missing_ok=True)
@@ -202,17 +229,18 @@ def _slabs(checkpoint: Checkpoint, spec: ExpertsSpec, layout: Layout, report: _R
         report.slabs(e + 1)
 
 
-def _write_trunk(path: Path, checkpoint: Checkpoint) -> None:
+def _write_trunk(path: Path, checkpoint: Checkpoint, plain: torch.dtype) -> None:
     def pieces(name: str) -> Callable[[], Iterable[torch.Tensor]]:
-        return lambda: [checkpoint.tensor(name)]
+        return lambda: checkpoint.trunk_pieces(name, plain)
 
-    write_safetensors(path, [Entry(name, dtype, shape, pieces(name)) for name, dtype, shape in checkpoint.trunk()])
+    write_safetensors(path, [Entry(name, dtype, shape, pieces(name)) for name, dtype, shape in checkpoint.trunk(plain)])
 
 
 def _store_bytes(conversion: Conversion) -> int:
     checkpoint = conversion.checkpoint
-    trunk = sum(Entry(name, dtype, shape, lambda: []).n_bytes for name, dtype, shape in checkpoint.trunk())
-    side = sum(file.stat().st_size for file in checkpoint.side_files())
+    entries = checkpoint.trunk(conversion.trunk_dtype)
+    trunk = sum(Entry(name, dtype, shape, lambda: []).n_bytes for name, dtype, shape in entries)
+    side = sum(len(content) for content in checkpoint.side_files().values())
     return conversion.slab_bytes + ALIGN * len(conversion.layouts) + trunk + side
 
 

@@ -17,11 +17,12 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 
-from duoserve.checkpoint import quiet, read_config, resolve
+from duoserve.checkpoint import check_config, quiet, read_config
 from duoserve.config import EngineConfig
 from duoserve.convert import Conversion, Progress, write_store
 from duoserve.core import Refusal, nearest
 from duoserve.device import Device, in_background, open_device
+from duoserve.hub import resolve
 from duoserve.model import load_model
 from duoserve.moe import Cancelled
 from duoserve.plan import Plan, check_memory, compute_dtype, default_budget, make_plan, trunk_format
@@ -68,7 +69,7 @@ def load(model: str | os.PathLike[str] | None = None, *, progress: Progress | No
     """
     quiet()
     config = EngineConfig.of(**options)
-    folder = DEMO if model is None else resolve(model)
+    folder = DEMO if model is None else resolve(model, progress, check_config)
     with contextlib.ExitStack() as unless_loaded:
         device = open_device(config.device)
         unless_loaded.callback(device.close)

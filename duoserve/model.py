@@ -10,12 +10,13 @@ import torch
 import transformers
 
 from duoserve.cache import ExpertCache
-from duoserve.checkpoint import build_meta, cache_bytes, find_experts, load_trunk, replace_module
+from duoserve.checkpoint import build_meta, find_experts, load_trunk, replace_module
 from duoserve.core import Phase, Refusal, Step
 from duoserve.device import Device, available_ram
 from duoserve.int4 import Scratch
 from duoserve.moe import OffloadedExperts, Runtime
 from duoserve.plan import Plan, host_slabs, size
+from duoserve.sizing import cache_bytes
 from duoserve.store import Store
 from duoserve.transfer import HostTier, Transfer
 from duoserve.trunk import quantise_linears, settle

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from duoserve.checkpoint import build_meta, find_experts, quiet, read_config, resolve
+from duoserve.checkpoint import build_meta, find_experts, quiet, read_config
 from duoserve.codec import Layout
 from duoserve.config import EngineConfig, parse_size
 from duoserve.convert import Conversion, layouts_of, store_size
@@ -18,6 +18,7 @@ from duoserve.core import Refusal
 from duoserve.device import available_ram, open_device
 from duoserve.engine import DEMO
 from duoserve.estimate import Estimate, Needs, Shares, estimate
+from duoserve.hub import resolve
 from duoserve.needs import count_needs
 from duoserve.plan import Plan, check_memory, compute_dtype, default_budget, host_slabs, make_plan, size, trunk_format
 from duoserve.profile import Profile
@@ -75,7 +76,7 @@ def look(
     """
     quiet()
     config = EngineConfig.of(**options)
-    subject = _subject(_folder(model), config)
+    subject = _subject(DEMO if model is None else resolve(model, weights=False), config)
     dtype = compute_dtype(config.dtype, subject.stored)
     device = open_device(config.device)
     try:
@@ -119,23 +120,6 @@ def _shares(plan: Plan, host: int) -> Shares:
     slots = plan.slots / plan.experts
     held = max(slots, host / plan.experts)
     return Shares(slots, held - slots, 1 - held)
-
-
-def _folder(model: str | os.PathLike[str] | None) -> Path:
-    """Of MODEL, or of the config.json fetched for a hub id."""
-    if model is None:
-        return DEMO
-    name, path = os.fspath(model), Path(model).expanduser()
-    if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
-        return resolve(model)
-    import huggingface_hub
-
-    try:
-        return Path(huggingface_hub.hf_hub_download(name, "config.json")).parent
-    except Exception as error:  # the hub's many ways to say no, in one line
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-        what = f"{name!r} is no folder here and the hub gave no config.json ({reason})"
-        raise Refusal("E_MODEL", what, "check the name and the network", 3) from error
 
 
 def _subject(folder: Path, config: EngineConfig) -> Subject:

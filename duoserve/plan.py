@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from duoserve.checkpoint import build_meta, find_experts, kv_bytes, kv_period, model_limit, replace_module, tensor_bytes
+from duoserve.checkpoint import build_meta, find_experts, replace_module
 from duoserve.config import EngineConfig, parse_share, parse_size
 from duoserve.core import Refusal
 from duoserve.int4 import SCRATCH_BYTES
+from duoserve.sizing import kv_bytes, kv_period, model_limit, tensor_bytes
 from duoserve.store import StoreSize
 from duoserve.trunk import quantise_linears
 

@@ -101,7 +101,7 @@ CASES = [
     (("chat", "--device", "gpu"), 2, "known: auto, cpu, cuda"),
     (("chat", "--ctx", "many"), 2, "not a number of tokens"),
     (("chat", "no/such/folder", "-p", "x"), 3, "no model folder"),
-    (("chat", "nobody/nothing-here", "-p", "x"), 3, "no such model"),
+    (("chat", "nobody/nothing-here", "-p", "x"), 3, "offline mode is on"),
     (("convert", "nowhere", "-o", "out"), 3, "no model folder"),
     (("convert",), 2, "Missing"),
     (("chat", "--max-new-tokens", "0", "-p", "x"), 2, "max_new_tokens 0 is out of range"),

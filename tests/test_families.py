@@ -15,10 +15,11 @@ import toys
 import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from duoserve.checkpoint import cache_bytes, kv_bytes, read_config
+from duoserve.checkpoint import read_config
 from duoserve.core import Refusal
 from duoserve.experts import expert_function
 from duoserve.plan import Sizes
+from duoserve.sizing import cache_bytes, kv_bytes
 
 BUDGETS = ["min", "half", 1 << 30]
 GREEDY = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}

@@ -11,7 +11,20 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = {
-    0: {"version", "core", "config", "device", "native", "int4", "codec", "checkpoint"},
+    0: {
+        "version",
+        "core",
+        "config",
+        "device",
+        "native",
+        "int4",
+        "codec",
+        "checkpoint",
+        "folder",
+        "published",
+        "hub",
+        "sizing",
+    },
     1: {"store", "cache", "experts", "trunk"},
     2: {"convert", "transfer", "profile"},
     3: {"prefill", "decode", "estimate"},
@@ -31,6 +44,14 @@ SIDE_BY_SIDE = {
     ("codec", "int4"),
     ("int4", "native"),
     ("checkpoint", "core"),
+    ("checkpoint", "folder"),
+    ("checkpoint", "published"),
+    ("published", "core"),
+    ("folder", "core"),
+    ("sizing", "core"),
+    ("hub", "core"),
+    ("hub", "folder"),
+    ("hub", "device"),
 }
 MACHINE = re.compile(
     r"torch\.cuda|pin_memory|cudart|cudaHost|\.cuda\(|threading\.Thread\b|ThreadPoolExecutor|Stream\(\)"

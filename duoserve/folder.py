@@ -1,0 +1,83 @@
+"""Which files of a checkpoint folder are its weights and which go along; knows names, opens no tensors."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from duoserve.core import Refusal
+
+CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
+SIDE_FILES = re.compile(
+    r"(config|generation_config|tokenizer.*|special_tokens_map|added_tokens|vocab|merges|chat_template.*)"
+    r"\.(json|jinja|txt|model)|chat_template\.jinja|tokenizer\.model|.*\.tiktoken"
+)
+
+
+def read_raw(folder: Path) -> dict[str, Any]:
+    """config.json as it is; refuses one that would run code."""
+    path = folder / CONFIG
+    if not path.is_file():
+        raise Refusal(
+            "E_MODEL", f"{folder} has no config.json", "give a checkpoint folder, an expert store or a hub id", 3
+        )
+    try:
+        raw = json.loads(path.read_text())
+    except (ValueError, UnicodeDecodeError) as error:
+        raise Refusal("E_CONFIG", f"{path} is not JSON ({error})", "fetch the checkpoint again", 5) from error
+    if not isinstance(raw, dict):
+        raise Refusal(
+            "E_CONFIG", f"{path} holds a {type(raw).__name__}, not an object", "fetch the checkpoint again", 5
+        )
+    if "auto_map" in raw:
+        raise Refusal(
+            "E_REMOTE_CODE",
+            f"{folder} wants to run its own code (auto_map)",
+            "use a checkpoint that transformers knows",
+        )
+    return raw
+
+
+def side_files(folder: Path) -> list[Path]:
+    """Config, generation config, tokenizer and chat template."""
+    return [p for p in sorted(folder.iterdir()) if p.is_file() and SIDE_FILES.fullmatch(p.name)]
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The shards that the index names, or the one file; refuses a folder without."""
+    if (folder / INDEX).is_file():
+        names = shards(folder / INDEX)
+        missing = [n for n in names if not (folder / n).is_file()]
+        if missing:
+            raise Refusal(
+                "E_CORRUPT",
+                f"{len(missing)} of {len(names)} shards are missing, {missing[0]} first",
+                "fetch them again",
+                5,
+            )
+        return [folder / n for n in names]
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    raise Refusal(
+        "E_MODEL",
+        f"{folder} has no model.safetensors (other weight formats can run code when loaded)",
+        "use a safetensors checkpoint",
+        3,
+    )
+
+
+def shards(index: Path) -> list[str]:
+    """The files that an index names, each of which must lie beside it."""
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise Refusal("E_CORRUPT", f"{index} is not a shard index ({error!r})", "fetch it again", 5) from error
+    bad = [n for n in names if not isinstance(n, str) or os.path.basename(n) != n or not n.endswith(".safetensors")]
+    if bad:
+        raise Refusal("E_CORRUPT", f"{index} names {bad[0]!r}, which is no file of this folder", "fetch it again", 5)
+    if not names:
+        raise Refusal("E_CORRUPT", f"{index} names 0 shards", "fetch it again", 5)
+    return names
