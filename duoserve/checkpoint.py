@@ -29,12 +29,14 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 from transformers.modeling_utils import LoadStateDictConfig
 
 from duoserve.core import Refusal
+from duoserve.headers import check_bounds, read_json
 
 SIDE_FILES = re.compile(
     r"(config|generation_config|tokenizer.*|special_tokens_map|added_tokens|vocab|merges|chat_template.*)"
     r"\.(json|jinja|txt|model)|chat_template\.jinja|tokenizer\.model|.*\.tiktoken"
 )
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+MAX_WEIGHTS = 1 << 18  # tensors that an index names; the largest published models have some 100,000
 _SAMPLED_TENSORS = 4096
 _WHOLE_FILE = 64 << 20
 _LEAST_PERIOD = 128  # tokens; no compressed cache joins more into one
@@ -89,9 +91,9 @@ def read_config(folder: Path) -> Any:
             "E_MODEL", f"{folder} has no config.json", "give a checkpoint folder, an expert store or a hub id", 3
         )
     try:
-        raw = json.loads(path.read_text())
-    except (ValueError, UnicodeDecodeError) as error:
-        raise Refusal("E_CONFIG", f"{path} is not JSON ({error})", "fetch the checkpoint again", 5) from error
+        raw = read_json(path, "fetch the checkpoint again")
+    except Refusal as refusal:
+        raise refusal.under("E_CONFIG") from refusal
     if not isinstance(raw, dict):
         raise Refusal(
             "E_CONFIG", f"{path} holds a {type(raw).__name__}, not an object", "fetch the checkpoint again", 5
@@ -197,6 +199,7 @@ class Checkpoint:
             )
         self._at: dict[str, Any] = {}
         for file in _weight_files(folder):
+            check_bounds(file, "fetch it again")
             try:
                 handle = safe_open(file, framework="pt")
             except (SafetensorError, OSError) as error:
@@ -455,7 +458,9 @@ def _weight_files(folder: Path) -> list[Path]:
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            names = sorted(set(read_json(index, "fetch it again", max_values=MAX_WEIGHTS)["weight_map"].values()))
+        except Refusal:
+            raise
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise Refusal("E_CORRUPT", f"{index} is not a shard index ({error!r})", "fetch it again", 5) from error
         bad = [n for n in names if not isinstance(n, str) or os.path.basename(n) != n or not n.endswith(".safetensors")]

@@ -112,7 +112,8 @@ def convert(
 @app.command()
 def verify(store: Annotated[Path, typer.Argument(help="Folder of an expert store.")]) -> None:
     """Read every byte of an expert store and name whatever is not as it was written."""
-    from duoserve.store import Store, is_store
+    from duoserve.manifest import is_store
+    from duoserve.store import Store
 
     if not is_store(store):
         raise Refusal("E_STORE", f"{store} has no manifest", "give the folder of an expert store", 3)
@@ -168,9 +169,11 @@ def _progress() -> Iterator[Progress]:
     def line(done: int, total: int, what: str) -> None:
         nonlocal said
         now = time.monotonic()
-        if now - said >= 5:
+        if not done:  # waiting for another process, which nobody else will say
+            print(what, file=sys.stderr, flush=True)
+        elif now - said >= 5:
             said = now
-            left = (now - began) * (total - done) / done if done else float("nan")
+            left = (now - began) * (total - done) / done
             print(
                 f"converting {what}: {done >> 20} of {total >> 20} MiB, {left:.0f} s left", file=sys.stderr, flush=True
             )

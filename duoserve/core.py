@@ -70,9 +70,18 @@ class Refusal(ValueError):
     """
 
     def __init__(self, code: str, what: str, remedy: str, status: int = 2):
-        super().__init__(f"{code}: {what}; {remedy}")
-        self.code = code
-        self.status = status
+        super().__init__(_one_line(f"{code}: {what}; {remedy}"))
+        self.code, self.status = code, status
+        self._what, self._remedy = what, remedy
+
+    def under(self, code: str) -> Refusal:
+        """The same with another code."""
+        return Refusal(code, self._what, self._remedy, self.status)
+
+
+def _one_line(text: str) -> str:
+    """What a stranger named may hold line breaks, terminal controls and halves of characters; none reach a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 FEW = 8

@@ -22,10 +22,11 @@ from duoserve.config import EngineConfig
 from duoserve.convert import Conversion, Progress, write_store
 from duoserve.core import Refusal, nearest
 from duoserve.device import Device, in_background, open_device
+from duoserve.manifest import is_store
 from duoserve.model import load_model
 from duoserve.moe import Cancelled
 from duoserve.plan import Plan, make_plan, size
-from duoserve.store import Store, is_store
+from duoserve.store import Store
 
 DEMO = Path(__file__).parent / "demo"
 DEFAULT_NEW_TOKENS = 512
@@ -96,7 +97,7 @@ def _opened(
     _tokenizer(folder)  # refuse before an hour of converting
     plan = make_plan(conversion.size, conversion.checkpoint.config, dtype, config, _free(device), default)
     _check_memory(plan, device)
-    return Store(write_store(conversion, cache_dir(config.cache_dir) / conversion.name, progress)), plan, dtype
+    return write_store(conversion, cache_dir(config.cache_dir) / conversion.name, progress), plan, dtype
 
 
 def _planned(store: Store, config: EngineConfig, device: Device, default: str | None) -> tuple[Plan, torch.dtype]:

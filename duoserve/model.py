@@ -45,7 +45,7 @@ def load_model(store: Store, config: Any, plan: Plan, dtype: torch.dtype, device
     runtime = Runtime(device, cache, Transfer(device, store, cache, _host_tier(device, store)))
     for layer, spec in enumerate(specs):
         replace_module(model, spec.name, OffloadedExperts(spec.module, layer, runtime))
-    load_trunk(model, store.trunk, dtype, device.torch_device)
+    load_trunk(model, store.checked_trunk(), dtype, device.torch_device)
     if (store.folder / "generation_config.json").is_file():
         model.generation_config = transformers.GenerationConfig.from_pretrained(store.folder)
     watch = PassWatch(runtime, plan)

@@ -20,7 +20,9 @@ from duoserve.checkpoint import Checkpoint
 from duoserve.convert import convert
 from duoserve.core import Key, Refusal
 from duoserve.device import host_arena
-from duoserve.store import Store, exclusive, is_store
+from duoserve.durable import exclusive
+from duoserve.manifest import is_store
+from duoserve.store import Store
 
 
 def digest(folder: Path) -> dict[str, bytes]:
@@ -111,7 +113,7 @@ def test_two_processes_make_one_store(toy: Any, tmp_path: Path) -> None:
 
 def test_waiting_for_another_process_is_said_and_a_dead_one_is_not_waited_for(tmp_path: Path) -> None:
     said: list[str] = []
-    holder = "import sys, time; from pathlib import Path; from duoserve.store import exclusive\n"
+    holder = "import sys, time; from pathlib import Path; from duoserve.durable import exclusive\n"
     holder += "with exclusive(Path(sys.argv[1]), print): print('held', flush=True); time.sleep(60)"
     process = subprocess.Popen([sys.executable, "-c", holder, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline() == "held\n"

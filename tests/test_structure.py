@@ -11,8 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = {
-    0: {"version", "core", "config", "device", "codec", "checkpoint"},
-    1: {"store", "cache", "experts"},
+    0: {"version", "core", "config", "device", "codec", "checkpoint", "durable", "headers"},
+    1: {"store", "cache", "experts", "manifest"},
     2: {"convert", "transfer"},
     3: {"prefill", "decode"},
     4: {"moe"},
@@ -24,7 +24,11 @@ FLOORS = {
     10: {"cli"},
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
-SIDE_BY_SIDE = {("config", "core"), ("device", "core"), ("codec", "core"), ("checkpoint", "core")}
+SIDE_BY_SIDE = {
+    *((name, "core") for name in ("config", "device", "codec", "checkpoint", "headers")),
+    ("checkpoint", "headers"),
+    ("store", "manifest"),
+}
 MACHINE = re.compile(
     r"torch\.cuda|pin_memory|cudart|cudaHost|\.cuda\(|threading\.Thread\b|ThreadPoolExecutor|Stream\(\)"
 )
@@ -84,7 +88,7 @@ def test_nothing_that_is_loaded_can_run_code(path: Path) -> None:
 
 
 def test_cache_and_core_import_no_torch() -> None:
-    for name in ("core", "cache", "config"):
+    for name in ("core", "cache", "config", "durable", "headers", "manifest"):
         assert not any(
             m == "torch" or m.startswith("torch.") for m in imports_at_runtime(ROOT / "duoserve" / f"{name}.py")
         )
