@@ -26,6 +26,7 @@ from duoserve.manifest import is_store
 from duoserve.model import load_model
 from duoserve.moe import Cancelled
 from duoserve.plan import Plan, make_plan, size
+from duoserve.shelf import cache_dir, note_use, refuse_half_made
 from duoserve.store import Store
 
 DEMO = Path(__file__).parent / "demo"
@@ -86,18 +87,22 @@ def _opened(
     """The store behind MODEL, converted if need be, but not before its plan is known to fit."""
     if is_store(folder):
         store = Store(folder)
+        note_use(folder)
         try:
             return store, *_planned(store, config, device, default)
         except BaseException:
             store.close()
             raise
+    refuse_half_made(folder)
     format = config.format or ("bf16" if config.dtype == "float32" else "int4")
     conversion = Conversion.of(folder, format, config.dtype)
     dtype = _dtype(config.dtype, str(conversion.checkpoint.dtype).removeprefix("torch."))
     _tokenizer(folder)  # refuse before an hour of converting
     plan = make_plan(conversion.size, conversion.checkpoint.config, dtype, config, _free(device), default)
     _check_memory(plan, device)
-    return write_store(conversion, cache_dir(config.cache_dir) / conversion.name, progress), plan, dtype
+    store = write_store(conversion, cache_dir(config.cache_dir) / conversion.name, progress)
+    note_use(store.folder)
+    return store, plan, dtype
 
 
 def _planned(store: Store, config: EngineConfig, device: Device, default: str | None) -> tuple[Plan, torch.dtype]:
@@ -407,13 +412,6 @@ def _check_options(options: dict[str, Any]) -> None:
         raise Refusal(
             "E_OPTION", "an Answer holds 0 scores", "call generate(input_ids=...) for transformers' own output"
         )
-
-
-def cache_dir(asked: str | None = None) -> Path:
-    """Where converted stores are kept: `asked`, or $DUOSERVE_CACHE, or the user's cache folder."""
-    import platformdirs
-
-    return Path(asked or os.environ.get("DUOSERVE_CACHE") or platformdirs.user_cache_dir("duoserve")) / "stores"
 
 
 def _tokenizer(folder: Path) -> Any:

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = {
     0: {"version", "core", "config", "device", "codec", "checkpoint", "durable", "headers"},
-    1: {"store", "cache", "experts", "manifest"},
+    1: {"store", "cache", "experts", "manifest", "shelf"},
     2: {"convert", "transfer"},
     3: {"prefill", "decode"},
     4: {"moe"},
@@ -28,6 +28,7 @@ SIDE_BY_SIDE = {
     *((name, "core") for name in ("config", "device", "codec", "checkpoint", "headers")),
     ("checkpoint", "headers"),
     ("store", "manifest"),
+    ("shelf", "manifest"),
 }
 MACHINE = re.compile(
     r"torch\.cuda|pin_memory|cudart|cudaHost|\.cuda\(|threading\.Thread\b|ThreadPoolExecutor|Stream\(\)"
@@ -88,7 +89,7 @@ def test_nothing_that_is_loaded_can_run_code(path: Path) -> None:
 
 
 def test_cache_and_core_import_no_torch() -> None:
-    for name in ("core", "cache", "config", "durable", "headers", "manifest"):
+    for name in ("core", "cache", "config", "durable", "headers", "manifest", "shelf"):
         assert not any(
             m == "torch" or m.startswith("torch.") for m in imports_at_runtime(ROOT / "duoserve" / f"{name}.py")
         )
