@@ -197,17 +197,7 @@ class Checkpoint:
             raise Refusal(
                 "E_QUANTISED", f"the checkpoint is quantised already ({method})", "use the bf16 original of this model"
             )
-        self._at: dict[str, Any] = {}
-        for file in _weight_files(folder):
-            check_bounds(file, "fetch it again")
-            try:
-                handle = safe_open(file, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise Refusal(
-                    "E_CORRUPT", f"{file} is not a whole safetensors file ({error})", "fetch it again", 5
-                ) from error
-            for key in handle.keys():
-                self._at[key] = handle
+        self._at = _stored(folder)
         self.model = build_meta(self.config, self.dtype)
         self.specs = find_experts(self.model)
         self._plan()
@@ -452,6 +442,21 @@ def model_limit(config: Any) -> int | None:
     """The longest context the model was made for, where its config says."""
     text = config.get_text_config()
     return cast("int | None", getattr(text, "max_position_embeddings", None))
+
+
+def _stored(folder: Path) -> dict[str, Any]:
+    """For each tensor of a folder's safetensors files the open file that has it, memory-mapped."""
+    found: dict[str, Any] = {}
+    for file in _weight_files(folder):
+        check_bounds(file, "fetch it again")
+        try:
+            handle = safe_open(file, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise Refusal(
+                "E_CORRUPT", f"{file} is not a whole safetensors file ({error})", "fetch it again", 5
+            ) from error
+        found |= dict.fromkeys(handle.keys(), handle)
+    return found
 
 
 def _weight_files(folder: Path) -> list[Path]:

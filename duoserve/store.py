@@ -59,16 +59,17 @@ class Store:
             self.fingerprint: str = data["fingerprint"]
             self.dtype: str = data["dtype"]
             self.bf16_bytes: int = data["bf16_bytes"]
-            self.layouts = [Layout.from_json(item) for item in data["layouts"]]
+            self.layouts = [self._layout(item) for item in data["layouts"]]
             self.layers = [LayerFile.from_json(item) for item in data["layers"]]
             self.files: dict[str, dict[str, Any]] = data["files"]
-            self._check_names()
+            self._check_links()
             for layer in self.layers:
                 self._fds.append(self._open(layer))
             for name in self.files:
                 self._check_size(name)
                 if name != TRUNK:
                     self._check_file(name)
+            self._check_strays()
             self._seen = [bytearray(layer.n_experts) for layer in self.layers]
         except Refusal:
             self.close()
@@ -161,14 +162,24 @@ class Store:
         known = self.names | {LOCK, JOB}
         return [file for file in sorted(self.folder.iterdir()) if file.name not in known]
 
-    def _check_names(self) -> None:
-        """Nothing beside the store that a load would read, nothing in it that lies elsewhere."""
-        for stray in self._strays():
-            if _READ_BY_LOADERS.fullmatch(stray.name) or (stray.is_dir() and not stray.name.startswith(".")):
-                raise Refusal("E_STORE", f"{stray} is no part of this store, but would be read with it", "remove it", 5)
+    def _layout(self, data: dict[str, Any]) -> Layout:
+        try:
+            return Layout.from_json(data)
+        except Refusal as refusal:
+            what = f"{self.folder / MANIFEST} has a slab layout that this program would not make"
+            raise Refusal("E_STORE", what, REMEDY, 5) from refusal
+
+    def _check_links(self) -> None:
+        """Nothing in the store lies elsewhere."""
         for name in sorted(self.names):
             if (self.folder / name).is_symlink() and _leaves(self.folder / name):
                 raise Refusal("E_STORE", f"{self.folder / name} is a link out of the store", REMEDY, 5)
+
+    def _check_strays(self) -> None:
+        """Nothing lies beside the store's files that a load would read."""
+        for stray in self._strays():
+            if _READ_BY_LOADERS.fullmatch(stray.name) or (stray.is_dir() and not stray.name.startswith(".")):
+                raise Refusal("E_STORE", f"{stray} is no part of this store, but would be read with it", "remove it", 5)
 
     def _check_size(self, name: str) -> None:
         have, need = regular_size(self.folder / name), self.files[name]["bytes"]
@@ -228,8 +239,8 @@ class Problem(NamedTuple):
 
 def _leaves(link: Path) -> bool:
     """Whether a link points out of its folder; hub caches link into a folder `blobs` two above, which is no other place."""
-    home, target = link.parent.resolve(), link.resolve()
-    return target.parent not in (home, home.parent.parent / "blobs")
+    home, target = os.path.realpath(link.parent), os.path.realpath(link)  # which, unlike resolve, survives circles
+    return os.path.dirname(target) not in (home, str(Path(home).parent.parent / "blobs"))
 
 
 def _wrong_size(path: Path, have: int, need: int) -> Refusal:
