@@ -89,7 +89,7 @@ def choose(items: list[Shelved], names: Iterable[str]) -> list[Shelved]:
             meant = ", ".join(item.name for item in found[:4])
             raise Refusal("E_NAME", f"{shown(name)} could be {len(found)} stores: {meant}", "write more of the name")
         if not found:
-            known = [item.name for item in items]
+            known = sorted({item.name.rsplit("-", 2)[0] for item in items})  # the model's part of the name
             hint = nearest(name, known) if known else "see `duoserve ls`"
             raise Refusal("E_NAME", f"none of {len(items)} stores in the cache is called {shown(name)}", hint, 3)
         chosen[found[0].name] = found[0]
