@@ -110,7 +110,9 @@ def convert(
     """
     conversion = Conversion.of(source, format, dtype)
     if is_store(out):
-        with exclusive(out, _teller(conversion, progress)):
+        tell = _teller(conversion, progress)
+        with exclusive(out, tell):
+            tell("reading the store that is there")
             store = _whole(out, conversion.job())
             if store and any(problem.file in store.names for problem in store.verify()):
                 _reopen(out, conversion.job())
@@ -256,8 +258,10 @@ def _whole(out: Path, job: dict[str, Any]) -> Store | None:
         return None
     try:
         store = Store(out)
-    except Refusal:
+    except Refusal as refusal:
         _refuse_others(out, _claimed(out / MANIFEST), job)
+        if refusal.code == "E_STRAY":  # not ours to remove, and making the store again would not cure it
+            raise
         return None
     try:
         store.checked_trunk()
@@ -322,9 +326,12 @@ def _started(out: Path, conversion: Conversion) -> _Done | None:
     job = data.get("job", data) if isinstance(data, dict) else {}
     _refuse_others(out, job if isinstance(job, dict) else {}, conversion.job())
     if job != conversion.job() or data.get("version") != VERSION or not isinstance(data.get("layers"), list):
-        return {}  # of another version: the same model, from the beginning
-    for layer in data["layers"]:
-        check_layer(layer, len(conversion.layouts), out / JOB)
+        return {}  # the same model, from the beginning
+    try:
+        for layer in data["layers"]:
+            check_layer(layer, len(conversion.layouts), out / JOB)
+    except Refusal:
+        return {}
     return {layer["file"]: LayerFile.from_json(layer) for layer in data["layers"]}
 
 

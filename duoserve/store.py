@@ -71,11 +71,10 @@ class Store:
                     self._check_file(name)
             self._check_strays()
             self._seen = [bytearray(layer.n_experts) for layer in self.layers]
-        except Refusal:
+        except BaseException as error:
             self.close()
-            raise
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-            self.close()
+            if isinstance(error, Refusal) or not isinstance(error, (KeyError, TypeError, ValueError, AttributeError)):
+                raise
             raise Refusal("E_STORE", f"{folder / MANIFEST} is incomplete ({error!r})", REMEDY, 5) from error
         if self.format == "int4" and data.get("int4_order") != int4_order():
             raise Refusal(
@@ -179,7 +178,7 @@ class Store:
         """Nothing lies beside the store's files that a load would read."""
         for stray in self._strays():
             if _READ_BY_LOADERS.fullmatch(stray.name) or (stray.is_dir() and not stray.name.startswith(".")):
-                raise Refusal("E_STORE", f"{stray} is no part of this store, but would be read with it", "remove it", 5)
+                raise Refusal("E_STRAY", f"{stray} is no part of this store, but would be read with it", "remove it", 5)
 
     def _check_size(self, name: str) -> None:
         have, need = regular_size(self.folder / name), self.files[name]["bytes"]

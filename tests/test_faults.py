@@ -33,7 +33,8 @@ SEED = int(os.environ.get("FAULT_SEED", "30"))
 
 def often(few: int, many: int) -> Any:
     """Run a test with a few repetitions, and as a slow one with many."""
-    return pytest.mark.parametrize("times", [few, pytest.param(many, marks=pytest.mark.slow)])
+    at_length = [pytest.mark.slow, pytest.mark.timeout(1800)]
+    return pytest.mark.parametrize("times", [few, pytest.param(many, marks=at_length)])
 
 
 @pytest.fixture(scope="module")
@@ -421,6 +422,24 @@ def test_a_damaged_store_in_the_cache_is_made_again_and_whole_layers_are_kept(
     assert redone == (set(before) if victim == "manifest.json" else {victim} & set(before))
 
 
+def test_loading_checks_each_file_once(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    duoserve.load(model, cache_dir=str(tmp_path)).close()
+    store, checked, check = next((tmp_path / "stores").iterdir()), [], Store._check_file
+    monkeypatch.setattr(Store, "_check_file", lambda self, name: (checked.append(name), check(self, name))[1])
+    for source in (model, store):
+        checked.clear()
+        duoserve.load(source, cache_dir=str(tmp_path)).close()
+        assert sorted(checked) == sorted(json.loads((store / "manifest.json").read_text())["files"])
+
+
+@pytest.mark.parametrize("victim", ["trunk.safetensors", "config.json"])
+def test_a_damaged_file_is_refused_before_the_first_token(store: Path, victim: str) -> None:
+    flip(store / victim, 8 * ((store / victim).stat().st_size - 3))
+    with pytest.raises(Refusal, match=f"E_CORRUPT: .*{victim} has checksum") as refusal:
+        duoserve.load(store)
+    assert refusal.value.status == 5
+
+
 def test_converting_again_reads_everything_and_mends_one_slab(model: Path, whole: Path, store: Path) -> None:
     victim, before = store / "experts-002.safetensors", layers(store)
     flip(victim, 8 * (victim.stat().st_size - 4096))
@@ -442,6 +461,27 @@ def test_a_layer_damaged_between_the_kill_and_the_rerun_is_made_again(
     flip(out / "experts-001.safetensors", 8 * 50)
     assert forks.run("convert", model, "-o", out)[0] == 0
     assert content(out) == content(whole)
+
+
+def test_a_file_that_is_not_ours_is_told_of_and_left(model: Path, store: Path) -> None:
+    (store / "vocab.json").write_text("mine")
+    before = content(store)
+    with pytest.raises(Refusal, match=r"E_STRAY: .*vocab.json is no part of this store"):
+        convert(model, store)
+    assert content(store) == before
+
+
+def test_a_damaged_note_of_what_is_done_starts_over_or_is_refused(model: Path, whole: Path, store: Path) -> None:
+    data = json.loads((store / "manifest.json").read_text())
+    (store / "manifest.json").unlink()
+    job = {name: data[name] for name in ("fingerprint", "format", "plain", "int4_order")}
+    (store / "conversion.json").write_text(json.dumps({"version": 2, "job": job, "layers": [{"file": "../x"}]}))
+    shutil.copytree(store, store.with_name("second"))
+    convert(model, store)
+    assert content(store) == content(whole)
+    (store.with_name("second") / "conversion.json").write_text("{" * 10_000)
+    with pytest.raises(Refusal, match=r"E_CORRUPT: .*conversion.json .*; remove .*second and convert again"):
+        convert(model, store.with_name("second"))
 
 
 def as_version_1(store: Path) -> None:
