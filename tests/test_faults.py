@@ -12,13 +12,13 @@ import random
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import toys
-from faults import Faults, Forks
+from faults import Child, Faults, Forks
 
 import duoserve
 from duoserve import convert as convert_module
@@ -85,6 +85,14 @@ def layers(folder: Path) -> dict[str, tuple[int, int]]:
         if folder.exists()
         else {}
     )
+
+
+def until(true: Callable[[], Any], child: Child) -> None:
+    """Wait for what a child does; where it does not come, what the child said comes in its place."""
+    end = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < end, child.said
+        time.sleep(0.002)
 
 
 def check_half_made(out: Path) -> None:
@@ -237,8 +245,7 @@ def test_a_disk_that_others_fill_ends_a_conversion_which_goes_on_later(
     all_bytes = sum(map(len, content(whole).values()))
     with small_disk(tmp_path / "disk", all_bytes * 3) as disk:
         child = forks.start("convert", model, "-o", disk / "s", slow=0.005)
-        while len(layers(disk / "s")) < 3:
-            time.sleep(0.002)
+        until(lambda: len(layers(disk / "s")) >= 3, child)
         (disk / "other").write_bytes(bytes(shutil.disk_usage(disk).free // 4096 * 4096))
         assert child.wait() == 6 and "error: E_DISK: " in child.said, child.said
         assert not list((disk / "s").glob(".*"))
@@ -283,8 +290,7 @@ def test_loading_while_another_process_converts_waits_and_takes_its_store(
     conversion = Conversion.of(model)
     out = tmp_path / "stores" / conversion.name
     child = forks.start("convert", model, "-o", out, slow=0.005)
-    while not layers(out):
-        time.sleep(0.002)
+    until(lambda: layers(out), child)
     with pytest.raises(Refusal, match=f"E_STORE: .* is not finished; process {child.pid} makes it"):
         duoserve.load(out)
     said: list[str] = []
@@ -453,8 +459,7 @@ def test_a_layer_damaged_between_the_kill_and_the_rerun_is_made_again(
 ) -> None:
     out = tmp_path / "s"
     child = forks.start("convert", model, "-o", out, slow=0.002)
-    while len(layers(out)) < 3:
-        time.sleep(0.002)
+    until(lambda: len(layers(out)) >= 3, child)
     child.kill()
     assert child.wait() == -9
     flip(out / "experts-000.safetensors", 8 * 5000)
