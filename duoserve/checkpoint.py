@@ -31,6 +31,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from duoserve import published
 from duoserve.core import Refusal
 from duoserve.folder import CONFIG, read_raw, side_files, weight_files
+from duoserve.headers import check_bounds
 from duoserve.published import Stored
 
 _FLOATS = {"BF16": torch.bfloat16, "F32": torch.float32, "F16": torch.float16}
@@ -359,6 +360,7 @@ def _stored(folder: Path) -> dict[str, Stored]:
     """The tensors of a folder's safetensors files, memory-mapped."""
     found: dict[str, Stored] = {}
     for file in weight_files(folder):
+        check_bounds(file, "fetch it again")
         try:
             handle = safe_open(file, framework="pt")
         except (SafetensorError, OSError) as error:

@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from duoserve.config import size
 from duoserve.core import Refusal, nearest
 from duoserve.version import __version__
 
 if TYPE_CHECKING:
     from duoserve.convert import Progress
     from duoserve.engine import Engine
+    from duoserve.shelf import Shelved
 
 app = typer.Typer(
     name="duoserve",
@@ -107,7 +109,6 @@ def convert(
     from duoserve.checkpoint import check_config, quiet
     from duoserve.convert import convert as make_store
     from duoserve.hub import resolve
-    from duoserve.plan import size
 
     quiet()
     with _progress() as progress:
@@ -181,7 +182,8 @@ def _print_rows(rows: list[tuple[str, str]]) -> None:
 @app.command()
 def verify(store: Annotated[Path, typer.Argument(help="Folder of an expert store.")]) -> None:
     """Read every byte of an expert store and name whatever is not as it was written."""
-    from duoserve.store import Store, is_store
+    from duoserve.manifest import is_store
+    from duoserve.store import Store
 
     if not is_store(store):
         raise Refusal("E_STORE", f"{store} has no manifest", "give the folder of an expert store", 3)
@@ -195,6 +197,86 @@ def verify(store: Annotated[Path, typer.Argument(help="Folder of an expert store
             "E_CORRUPT", f"{n} of the store's parts are not as written, named above", "convert the model again", 5
         )
     print(f"{store}: {opened.n_experts} experts and {len(opened.files)} files as written")
+
+
+@app.command("ls")
+def list_stores(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    cache_dir: CacheDir = None,
+) -> None:
+    """List the converted stores in the cache, the last used first."""
+    from duoserve import shelf
+
+    cache = shelf.cache_dir(cache_dir)
+    items = shelf.on_shelf(cache)
+    total = sum(item.n_bytes for item in items)
+    if as_json:
+        about = {"cache": str(cache), "total_bytes": total, "others": shelf.others(cache)}
+        print(json.dumps(about | {"stores": [item.to_json() for item in items]}))
+        return
+    _print_shelf(items)
+    print(f"{_stores(items)}, {size(total)}, in {_printable(str(cache))}")
+    for name in shelf.others(cache):
+        print(f"{_printable(name)} is no store")
+
+
+def _print_shelf(items: list[Shelved]) -> None:
+    """Plain columns: they go through pipes as well."""
+    rows = [("NAME", "MODEL", "FORMAT", "SIZE", "STATE", "LAST USED")] if items else []
+    for item in items:
+        state = item.state if item.pid is None else f"{item.state} by {item.pid or '?'}"
+        used = time.strftime("%Y-%m-%d %H:%M", time.localtime(item.used))
+        rows.append((_printable(item.name), item.model_type, item.format, size(item.n_bytes), state, used))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _stores(items: list[Shelved]) -> str:
+    return f"{len(items)} store{'s' * (len(items) != 1)}"
+
+
+def _printable(text: str) -> str:
+    return text if text.isprintable() else ascii(text)[1:-1]
+
+
+@app.command("rm")
+def remove_stores(
+    names: Annotated[list[str] | None, typer.Argument(help="Stores by name, or by the beginning of one.")] = None,
+    partial: Annotated[bool, typer.Option("--partial", help="Those whose making was interrupted.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Every store in the cache.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    cache_dir: CacheDir = None,
+) -> None:
+    """Remove converted stores from the cache; checkpoints and stores elsewhere are not touched."""
+    from duoserve import shelf
+
+    if bool(names) + partial + everything != 1:
+        raise Refusal("E_USAGE", "say NAME..., --partial or --all, one of the three", "see `duoserve ls` for the names")
+    cache = shelf.cache_dir(cache_dir)
+    items = shelf.on_shelf(cache)
+    if partial:
+        chosen = [item for item in items if item.state == shelf.PARTIAL]
+    else:
+        chosen = items if everything else shelf.choose(items, names or ())
+    shelf.refuse_in_use(chosen)
+    if chosen and not yes:
+        _confirm(chosen)
+    freed = 0
+    for item in chosen:
+        freed += shelf.remove(item)
+        print(f"removed {_printable(item.name)}")
+    print(f"{_stores(chosen)} removed, {size(freed)} freed")
+
+
+def _confirm(chosen: list[Shelved]) -> None:
+    total = size(sum(item.n_bytes for item in chosen))
+    if not sys.stdin.isatty():
+        raise Refusal("E_CONFIRM", f"{_stores(chosen)} ({total}) would be removed, 0 confirmed", "add --yes")
+    for item in chosen:
+        print(f"  {_printable(item.name)}  {size(item.n_bytes)}")
+    if input(f"Remove {_stores(chosen)}, {total}? [y/N] ").strip().lower() not in ("y", "yes"):
+        raise typer.Abort
 
 
 @contextmanager
@@ -237,7 +319,9 @@ def _progress() -> Iterator[Progress]:
     def line(done: int, total: int, what: str) -> None:
         nonlocal said
         now = time.monotonic()
-        if now - said >= 5:
+        if not done:  # waiting for another process, which nobody else will say
+            print(what, file=sys.stderr, flush=True)
+        elif now - said >= 5:
             said = now
             left = f", {(now - began) * (total - done) / done:.0f} s left" if done else ""
             print(f"{what}: {done >> 20} of {total >> 20} MiB{left}", file=sys.stderr, flush=True)

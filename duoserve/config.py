@@ -26,6 +26,15 @@ def parse_size(text: str | int, what: str = "size") -> int:
     return int(float(match[1]) * (_UNITS | _BINARY)[match[2]])
 
 
+def size(n_bytes: float) -> str:
+    """`3.2 GiB`, for people."""
+    for unit in ("B", "KiB", "MiB"):
+        if n_bytes < 1024:
+            return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.1f} {unit}"
+        n_bytes /= 1024
+    return f"{n_bytes:.2f} GiB"
+
+
 def parse_share(text: str) -> float:
     """0.15 for `15%`."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", text)

@@ -19,31 +19,39 @@ from duoserve.checkpoint import Checkpoint, ExpertsSpec
 from duoserve.codec import Layout, Param
 from duoserve.config import FORMATS
 from duoserve.core import Refusal, nearest
+from duoserve.durable import LOCK, exclusive, replacing, sync_folder
 from duoserve.folder import SIDE_FILES, weight_files
+from duoserve.headers import read_json, shown
 from duoserve.hub import check
 from duoserve.hub import source as source_of
 from duoserve.int4 import int4_order
-from duoserve.store import (
+from duoserve.manifest import (
     ALIGN,
-    LOCK,
+    JOB,
+    KIND,
     MANIFEST,
+    MAX_MANIFEST,
     TRUNK,
-    Entry,
+    VERSION,
     LayerFile,
+    check_layer,
+    is_store,
+    read_manifest,
+    write_manifest,
+)
+from duoserve.store import (
+    Entry,
     Store,
     StoreSize,
-    exclusive,
     file_checksum,
     header_checksum,
-    is_store,
-    replacing,
     slab_checksums,
-    write_manifest,
     write_safetensors,
 )
 from duoserve.version import __version__
 
-JOB = "conversion.json"  # what is being made here; replaced by the manifest
+_EXPERT_BYTES = 32  # that an expert takes in the manifest and in the note of what is done, at most
+_IDENTITY = ("fingerprint", "format", "plain")  # which model, made into what
 Progress = Callable[[int, int, str], None]  # bytes of slabs done, bytes in all, what is being done
 
 
@@ -104,22 +112,44 @@ def convert(
 ) -> Path:
     """Write the expert store of the checkpoint folder `source` into `out` and return `out`; options as `Conversion.of`.
 
-    Refuses what `Checkpoint` refuses, a folder that holds something else, and a disk without room. A damaged store is
-    made again. Memory: about one parameter of one expert, twice.
+    Refuses what `Checkpoint` refuses, a folder that holds something else, and a disk without room. Where the store is
+    there already it is read from end to end, and what is damaged is made again. Memory: about one parameter of one
+    expert, twice.
     """
-    return write_store(Conversion.of(source, format, dtype), out, progress)
-
-
-def write_store(conversion: Conversion, out: Path, progress: Progress | None = None) -> Path:
-    """Carry a conversion out; see `convert`. Where another process makes the same store, wait for it and take it."""
-    out.mkdir(parents=True, exist_ok=True)
-    with exclusive(out, lambda what: progress(0, conversion.slab_bytes, what) if progress else None):
-        if not is_store(out) or _is_damaged(out):  # before wrong bytes become a job that right ones would not match
-            folder = conversion.checkpoint.folder
-            check(folder, weight_files(folder), progress)
-        if _prepare(out, conversion.job(), _store_bytes(conversion)):
-            _write(conversion, out, progress)
+    conversion = Conversion.of(source, format, dtype)
+    if is_store(out):
+        tell = _teller(conversion, progress)
+        with exclusive(out, tell):
+            tell("reading the store that is there")
+            store = _whole(out, conversion.job())
+            if store and any(problem.file in store.names for problem in store.verify()):
+                _reopen(out, conversion.job())
+            if store:
+                store.close()
+    write_store(conversion, out, progress).close()
     return out
+
+
+def write_store(conversion: Conversion, out: Path, progress: Progress | None = None) -> Store:
+    """Carry a conversion out and open what it made; see `convert`. A whole store is opened as it is, but for the trunk's
+    check nothing large is read; where another process makes the same store, wait for it and take it."""
+    if not (out / JOB).exists() and (store := _whole(out, conversion.job())):
+        return store
+    is_new = not out.exists()
+    with exclusive(out, _teller(conversion, progress)):
+        if is_new:
+            sync_folder(out.parent)
+        store = _whole(out, conversion.job())
+        if store is None:
+            folder = conversion.checkpoint.folder  # before wrong bytes become a job that right ones would not match
+            check(folder, weight_files(folder), progress)
+            _write(conversion, out, _prepare(out, conversion), progress)
+        (out / JOB).unlink(missing_ok=True)
+        return store or Store(out)
+
+
+def _teller(conversion: Conversion, progress: Progress | None) -> Callable[[str], None]:
+    return lambda what: progress(0, conversion.slab_bytes, what) if progress else None
 
 
 def _opened(source: Path) -> Checkpoint:
@@ -131,27 +161,22 @@ def _opened(source: Path) -> Checkpoint:
         raise
 
 
-def _write(conversion: Conversion, out: Path, progress: Progress | None) -> None:
+def _write(conversion: Conversion, out: Path, done: _Done, progress: Progress | None) -> None:
     checkpoint, layouts = conversion.checkpoint, conversion.layouts
-    unique, layers, done = list(dict.fromkeys(layouts)), [], 0
+    unique, layers, before = list(dict.fromkeys(layouts)), [], 0
     for i, (spec, layout) in enumerate(zip(checkpoint.specs, layouts, strict=True)):
-        path = out / f"experts-{i:03d}.safetensors"
-        report = _Report(
-            progress, done, conversion.slab_bytes, f"converting layer {i + 1} of {len(layouts)}", layout.slab_bytes
-        )
-        start = _write_layer(path, checkpoint, spec, layout, report)
-        layers.append(
-            LayerFile(
-                module=spec.name,
-                file=path.name,
-                n_experts=spec.n_experts,
-                layout=unique.index(layout),
-                data_offset=start,
-                header_crc32=header_checksum(path, start),
-                crc32=tuple(slab_checksums(path, start, spec.n_experts)),
-            )
-        )
-        done += layout.slab_bytes * spec.n_experts
+        path = out / _layer_name(i)
+        what = f"converting layer {i + 1} of {len(layouts)}"
+        report = _Report(progress, before, conversion.slab_bytes, what, layout.slab_bytes)
+        if path.is_file() and done.get(path.name) == _described(path, spec, unique.index(layout)):
+            report.slabs(spec.n_experts)  # finished before an interruption, and still as it was then
+        else:
+            path.unlink(missing_ok=True)  # or it would need room beside its successor
+            _write_layer(path, checkpoint, spec, layout, report)
+            done[path.name] = _described(path, spec, unique.index(layout))
+            _note(conversion, out, done)
+        layers.append(done[path.name])
+        before += layout.slab_bytes * spec.n_experts
     _write_trunk(out / TRUNK, checkpoint, conversion.trunk_dtype)
     side_files = checkpoint.side_files()
     for name, content in side_files.items():
@@ -168,7 +193,23 @@ def _write(conversion: Conversion, out: Path, progress: Progress | None) -> None
         "files": {name: file_checksum(out / name) for name in (TRUNK, *side_files)},
     }
     write_manifest(out, conversion.job() | about)
-    (out / JOB).unlink(missing_ok=True)
+
+
+def _layer_name(i: int) -> str:
+    return f"experts-{i:03d}.safetensors"
+
+
+def _described(path: Path, spec: ExpertsSpec, layout: int) -> LayerFile:
+    """A layer's file as it lies there now, every byte read."""
+    return LayerFile(
+        module=spec.name,
+        file=path.name,
+        n_experts=spec.n_experts,
+        layout=layout,
+        data_offset=ALIGN,
+        header_crc32=header_checksum(path, ALIGN),
+        crc32=tuple(slab_checksums(path, ALIGN, spec.n_experts)),
+    )
 
 
 class _Report(NamedTuple):
@@ -208,14 +249,10 @@ def _layout(spec: ExpertsSpec, format: str, plain: str) -> Layout:
     return Layout.of(format, params, plain)
 
 
-def _write_layer(path: Path, checkpoint: Checkpoint, spec: ExpertsSpec, layout: Layout, report: _Report) -> int:
-    entry = Entry(
-        "experts", "U8", (spec.n_experts, layout.slab_bytes), lambda: _slabs(checkpoint, spec, layout, report)
-    )
-    if path.is_file() and path.stat().st_size == ALIGN + entry.n_bytes:
-        report.slabs(spec.n_experts)  # finished before an interruption: only whole files ever get this name
-        return ALIGN
-    return write_safetensors(path, [entry])
+def _write_layer(path: Path, checkpoint: Checkpoint, spec: ExpertsSpec, layout: Layout, report: _Report) -> None:
+    shape = (spec.n_experts, layout.slab_bytes)
+    start = write_safetensors(path, [Entry("experts", "U8", shape, lambda: _slabs(checkpoint, spec, layout, report))])
+    assert start == ALIGN, (path, start)
 
 
 def _slabs(checkpoint: Checkpoint, spec: ExpertsSpec, layout: Layout, report: _Report) -> Iterable[torch.Tensor]:
@@ -237,47 +274,113 @@ def _write_trunk(path: Path, checkpoint: Checkpoint, plain: torch.dtype) -> None
 
 
 def _store_bytes(conversion: Conversion) -> int:
+    """Bytes of the files to be made, with what the manifest and the note of what is done may take."""
     checkpoint = conversion.checkpoint
     entries = checkpoint.trunk(conversion.trunk_dtype)
-    trunk = sum(Entry(name, dtype, shape, lambda: []).n_bytes for name, dtype, shape in entries)
-    side = sum(len(content) for content in checkpoint.side_files().values())
-    return conversion.slab_bytes + ALIGN * len(conversion.layouts) + trunk + side
+    trunk = sum(Entry(name, dtype, shape, lambda: []).n_bytes + 256 for name, dtype, shape in entries)
+    side = [len(content) for content in checkpoint.side_files().values()]
+    about = _EXPERT_BYTES * conversion.size.n_experts + ALIGN * (2 * len(conversion.layouts) + len(side) + 4)
+    return conversion.slab_bytes + trunk + sum(side) + about
 
 
-def _is_damaged(out: Path) -> bool:
-    """Whether the store in `out` cannot be opened; if so its manifest and layers are taken away, to be made again."""
+_Done = dict[str, LayerFile]  # finished layers by their files' names
+
+
+def _whole(out: Path, job: dict[str, Any]) -> Store | None:
+    """The store in `out`, open, its trunk read; None where there is none or a damaged one. Refuses another model's."""
+    if not is_store(out):
+        return None
     try:
-        Store(out).close()
-        return False
-    except Refusal:
-        for file in (*out.glob("experts-*.safetensors"), *out.glob(TRUNK), out / MANIFEST):
-            file.unlink()
-        for file in out.iterdir():
-            if SIDE_FILES.fullmatch(file.name):
-                file.unlink()
-        return True
+        store = Store(out)
+    except Refusal as refusal:
+        _refuse_others(out, _claimed(out / MANIFEST), job)
+        if refusal.code == "E_STRAY":  # not ours to remove, and making the store again would not cure it
+            raise
+        return None
+    try:
+        store.checked_trunk()
+        _refuse_others(out, read_manifest(out), job)
+        return store
+    except Refusal as refusal:
+        store.close()
+        if refusal.code == "E_EXISTS":
+            raise
+        return None
 
 
-def _prepare(out: Path, job: dict[str, Any], need: int) -> bool:
-    """Make `out` ready to be written; False where it already holds just this store."""
-    if is_store(out) and not _is_damaged(out):
-        have = json.loads((out / MANIFEST).read_text())
-        if all(have.get(name) == value for name, value in job.items() if name != "int4_order"):
-            (out / JOB).unlink(missing_ok=True)
-            return False
+def _refuse_others(out: Path, have: dict[str, Any], job: dict[str, Any]) -> None:
+    """What is made of another model, or into another format, is never written over, whole or not."""
+    if any(name in have and have[name] != job[name] for name in _IDENTITY):
         raise Refusal(
             "E_EXISTS",
-            f"{out} holds another store ({have['format']} of {have['fingerprint'][:8]}, wanted {job['format']} of "
-            f"{job['fingerprint'][:8]})",
+            f"{out} holds another store ({shown(have.get('format'))} of {shown(have.get('fingerprint'))[:9]}', wanted "
+            f"{job['format']} of {job['fingerprint'][:8]})",
             "give an empty folder",
         )
+
+
+def _claimed(path: Path) -> dict[str, Any]:
+    """What a manifest that may be damaged, or another version's, says of itself; nothing where it cannot be read."""
+    try:
+        data = read_json(path, "", MAX_MANIFEST)
+    except Refusal:
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def _reopen(out: Path, job: dict[str, Any]) -> None:
+    """Make a store that is damaged a conversion under way, whose layers are kept as far as they are as written."""
+    try:
+        have = read_manifest(out)
+    except Refusal:
+        have = {}
+    layers = have["layers"] if all(have.get(name) == value for name, value in job.items()) else []
+    _write_note(out, job, layers)
+    (out / MANIFEST).unlink()
+    sync_folder(out)
+
+
+def _note(conversion: Conversion, out: Path, done: _Done) -> None:
+    _write_note(
+        out, conversion.job(), [asdict(layer) for layer in done.values()], conversion.checkpoint.config.model_type
+    )
+
+
+def _write_note(out: Path, job: dict[str, Any], layers: list[Any], model_type: str | None = None) -> None:
+    about = {"kind": KIND, "version": VERSION, "job": job, "model_type": model_type, "layers": layers}
+    with replacing(out / JOB) as stream:
+        stream.write(json.dumps(about).encode())
+
+
+def _started(out: Path, conversion: Conversion) -> _Done | None:
+    """The layers that an interrupted conversion had finished; None where none was begun here. Refuses another one's."""
+    if not (out / JOB).is_file():
+        return None
+    data = read_json(out / JOB, f"remove {out} and convert again", MAX_MANIFEST)
+    job = data.get("job", data) if isinstance(data, dict) else {}
+    _refuse_others(out, job if isinstance(job, dict) else {}, conversion.job())
+    if job != conversion.job() or data.get("version") != VERSION or not isinstance(data.get("layers"), list):
+        return {}  # the same model, from the beginning
+    try:
+        for layer in data["layers"]:
+            check_layer(layer, len(conversion.layouts), out / JOB)
+    except Refusal:
+        return {}
+    return {layer["file"]: LayerFile.from_json(layer) for layer in data["layers"]}
+
+
+def _prepare(out: Path, conversion: Conversion) -> _Done:
+    """Make `out` ready to be written, with room for what is missing; returns the layers that were finished before."""
+    if is_store(out):  # and damaged
+        _reopen(out, conversion.job())
     for stray in out.glob(".*.tmp"):
         stray.unlink()
-    started = json.loads((out / JOB).read_text()) if (out / JOB).is_file() else None
-    if started != job and any(file.name != LOCK for file in out.iterdir()):
+    done = _started(out, conversion)
+    if done is None and any(file.name != LOCK for file in out.iterdir()):
         raise Refusal("E_EXISTS", f"{out} is not empty and holds no part of this store", "give an empty folder")
-    have = sum(file.stat().st_size for file in out.iterdir())
-    free = shutil.disk_usage(out).free
+    done = _kept(out, conversion, done or {})
+    have = sum((out / name).stat().st_size for name in done)
+    need, free = _store_bytes(conversion), shutil.disk_usage(out).free
     if free < need - have:
         raise Refusal(
             "E_DISK",
@@ -285,6 +388,20 @@ def _prepare(out: Path, job: dict[str, Any], need: int) -> bool:
             "free some, or give a folder on another disk",
             6,
         )
-    with replacing(out / JOB) as stream:
-        stream.write(json.dumps(job).encode())
-    return True
+    _note(conversion, out, done)
+    return done
+
+
+def _kept(out: Path, conversion: Conversion, done: _Done) -> _Done:
+    """Those finished layers that may still be whole; whatever else an interruption left is taken away."""
+    sizes = {
+        _layer_name(i): ALIGN + layout.slab_bytes * spec.n_experts
+        for i, (layout, spec) in enumerate(zip(conversion.layouts, conversion.checkpoint.specs, strict=True))
+    }
+    kept = {}
+    for file in out.iterdir():
+        if file.name in done and sizes.get(file.name) == file.stat().st_size:
+            kept[file.name] = done[file.name]
+        elif file.match("experts-*.safetensors") or file.name == TRUNK or SIDE_FILES.fullmatch(file.name):
+            file.unlink()
+    return kept

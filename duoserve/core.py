@@ -63,6 +63,9 @@ class Observer(Protocol):
     def __call__(self, step: Step) -> Any: ...
 
 
+LONGEST = 600  # characters of what happened: a stranger's name for a thing can have megabytes
+
+
 class Refusal(ValueError):
     """The user asked for what cannot be: one line with a code, what happened, the numbers, and what to do next.
 
@@ -70,9 +73,22 @@ class Refusal(ValueError):
     """
 
     def __init__(self, code: str, what: str, remedy: str, status: int = 2):
-        super().__init__(f"{code}: {what}; {remedy}")
-        self.code = code
-        self.status = status
+        super().__init__(_one_line(f"{code}: {_short(what)}; {remedy}"))
+        self.code, self.status = code, status
+        self._what, self._remedy = what, remedy
+
+    def under(self, code: str) -> Refusal:
+        """The same with another code."""
+        return Refusal(code, self._what, self._remedy, self.status)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 200]} ... {text[-200:]}"
+
+
+def _one_line(text: str) -> str:
+    """What a stranger named may hold line breaks, terminal controls and halves of characters; none reach a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 FEW = 8

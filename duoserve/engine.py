@@ -23,10 +23,12 @@ from duoserve.convert import Conversion, Progress, write_store
 from duoserve.core import Refusal, nearest
 from duoserve.device import Device, in_background, open_device
 from duoserve.hub import resolve
+from duoserve.manifest import is_store
 from duoserve.model import load_model
 from duoserve.moe import Cancelled
 from duoserve.plan import Plan, check_memory, compute_dtype, default_budget, make_plan, trunk_format
-from duoserve.store import Store, is_store
+from duoserve.shelf import cache_dir, note_use, refuse_half_made
+from duoserve.store import Store
 
 DEMO = Path(__file__).parent / "demo"
 DEFAULT_NEW_TOKENS = 512
@@ -93,11 +95,13 @@ def _opened(
     """The store behind MODEL, converted if need be, but not before its plan is known to fit."""
     if is_store(folder):
         store = Store(folder)
+        note_use(folder)
         try:
             return _planned(store, config, device, default)
         except BaseException:
             store.close()
             raise
+    refuse_half_made(folder)
     format = config.format or ("bf16" if config.dtype == "float32" else "int4")
     conversion = Conversion.of(folder, format, config.dtype)
     dtype = compute_dtype(config.dtype, str(conversion.checkpoint.dtype).removeprefix("torch."))
@@ -105,7 +109,8 @@ def _opened(
     trunk = trunk_format(config, format, dtype, device.name)
     plan = make_plan(conversion.size, conversion.checkpoint.config, dtype, config, _free(device), default, trunk)
     _check_memory(plan, device)
-    store = Store(write_store(conversion, cache_dir(config.cache_dir) / conversion.name, progress))
+    store = write_store(conversion, cache_dir(config.cache_dir) / conversion.name, progress)
+    note_use(store.folder)
     return _Opened(store, plan, dtype, trunk)
 
 
@@ -409,13 +414,6 @@ def _check_options(options: dict[str, Any]) -> None:
         raise Refusal(
             "E_OPTION", "an Answer holds 0 scores", "call generate(input_ids=...) for transformers' own output"
         )
-
-
-def cache_dir(asked: str | None = None) -> Path:
-    """Where converted stores are kept: `asked`, or $DUOSERVE_CACHE, or the user's cache folder."""
-    import platformdirs
-
-    return Path(asked or os.environ.get("DUOSERVE_CACHE") or platformdirs.user_cache_dir("duoserve")) / "stores"
 
 
 def _tokenizer(folder: Path) -> Any:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from pathlib import Path
 from typing import Any
 
 from duoserve.core import Refusal
+from duoserve.headers import read_json
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
+MAX_WEIGHTS = 1 << 18  # tensors that an index names; the largest published models have some 100,000
 SIDE_FILES = re.compile(
     r"(config|generation_config|tokenizer.*|special_tokens_map|added_tokens|vocab|merges|chat_template.*)"
     r"\.(json|jinja|txt|model)|chat_template\.jinja|tokenizer\.model|.*\.tiktoken"
@@ -25,9 +26,9 @@ def read_raw(folder: Path) -> dict[str, Any]:
             "E_MODEL", f"{folder} has no config.json", "give a checkpoint folder, an expert store or a hub id", 3
         )
     try:
-        raw = json.loads(path.read_text())
-    except (ValueError, UnicodeDecodeError) as error:
-        raise Refusal("E_CONFIG", f"{path} is not JSON ({error})", "fetch the checkpoint again", 5) from error
+        raw = read_json(path, "fetch the checkpoint again")
+    except Refusal as refusal:
+        raise refusal.under("E_CONFIG") from refusal
     if not isinstance(raw, dict):
         raise Refusal(
             "E_CONFIG", f"{path} holds a {type(raw).__name__}, not an object", "fetch the checkpoint again", 5
@@ -72,7 +73,9 @@ def weight_files(folder: Path) -> list[Path]:
 def shards(index: Path) -> list[str]:
     """The files that an index names, each of which must lie beside it."""
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        names = sorted(set(read_json(index, "fetch it again", max_values=MAX_WEIGHTS)["weight_map"].values()))
+    except Refusal:
+        raise
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise Refusal("E_CORRUPT", f"{index} is not a shard index ({error!r})", "fetch it again", 5) from error
     bad = [n for n in names if not isinstance(n, str) or os.path.basename(n) != n or not n.endswith(".safetensors")]

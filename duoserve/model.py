@@ -48,7 +48,7 @@ def load_model(
     runtime = Runtime(device, cache, Transfer(device, store, cache, _host_tier(device, store), scratch))
     for layer, spec in enumerate(specs):
         replace_module(model, spec.name, OffloadedExperts(spec.module, layer, runtime))
-    load_trunk(model, store.trunk, dtype)
+    load_trunk(model, store.checked_trunk(), dtype)
     linears = quantise_linears(model, trunk, {spec.n_experts for spec in specs}, scratch)
     settle(model, linears, device)
     if (store.folder / "generation_config.json").is_file():

@@ -19,10 +19,11 @@ from duoserve.device import available_ram, open_device
 from duoserve.engine import DEMO
 from duoserve.estimate import Estimate, Needs, Shares, estimate
 from duoserve.hub import resolve
+from duoserve.manifest import is_store
 from duoserve.needs import count_needs
 from duoserve.plan import Plan, check_memory, compute_dtype, default_budget, host_slabs, make_plan, size, trunk_format
 from duoserve.profile import Profile
-from duoserve.store import Store, StoreSize, is_store
+from duoserve.store import Store, StoreSize
 
 
 class Subject(NamedTuple):

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from duoserve.checkpoint import build_meta, find_experts, replace_module
-from duoserve.config import EngineConfig, parse_share, parse_size
+from duoserve.config import EngineConfig, parse_share, parse_size, size
 from duoserve.core import Refusal
 from duoserve.int4 import SCRATCH_BYTES
 from duoserve.sizing import kv_bytes, kv_period, model_limit, tensor_bytes
@@ -212,15 +212,6 @@ def _too_small(budget: int, smallest: int, sizes: Sizes, ctx: int, store: StoreS
         "raise --budget, lower --ctx, or say --budget min",
         4,
     )
-
-
-def size(n_bytes: float) -> str:
-    """`3.2 GiB`, for people."""
-    for unit in ("B", "KiB", "MiB"):
-        if n_bytes < 1024:
-            return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.1f} {unit}"
-        n_bytes /= 1024
-    return f"{n_bytes:.2f} GiB"
 
 
 def _budget_bytes(asked: str | int | None, store: StoreSize, smallest: int, fixed: int, free: int) -> int:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from duoserve.core import Refusal
-from duoserve.store import replacing
+from duoserve.durable import replacing
 
 KIND, VERSION, FILE = "duoserve-machine-profile", 1, "machine.json"
 MAX_BYTES, MAX_POINTS, MAX_TEXT = 64 << 10, 64, 200

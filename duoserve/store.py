@@ -11,14 +11,12 @@ a folder without one is no store.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import os
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -26,25 +24,14 @@ import torch
 
 from duoserve.codec import Layout
 from duoserve.core import Key, Refusal
+from duoserve.durable import LOCK, replacing
+from duoserve.headers import DTYPE_BITS, parse_header, read_header, regular_size
 from duoserve.int4 import ORDERS
+from duoserve.manifest import ALIGN, JOB, MANIFEST, REMEDY, TRUNK, LayerFile, read_manifest
 
-KIND, VERSION = "duoserve-expert-store", 1
-MANIFEST, TRUNK, LOCK = "manifest.json", "trunk.safetensors", ".lock"
-ALIGN = 4096
-MAX_MANIFEST = 64 << 20
-
-
-@dataclass(frozen=True)
-class LayerFile:
-    """One MoE layer: the module it stands for, its file, where its first slab lies, which layout its slabs have."""
-
-    module: str
-    file: str
-    n_experts: int
-    layout: int
-    data_offset: int
-    header_crc32: int
-    crc32: tuple[int, ...]  # of each slab
+PIECE = 1 << 20  # bytes read at a time, so that checking a file of any size takes this much memory
+# What a reader of configs, tokenizers and weights would open if it lay in the folder, whether the manifest names it or not.
+_READ_BY_LOADERS = re.compile(r"[^.].*\.(json|jinja|model|tiktoken|bpe|safetensors|bin|py)|(vocab|merges)\.txt")
 
 
 class StoreSize(NamedTuple):
@@ -59,40 +46,55 @@ class Store:
     """An opened expert store: reads slabs into memory that the caller owns. Safe to use from several threads."""
 
     def __init__(self, folder: Path):
+        """Refuses a store that is not as it was written, the file named.
+
+        Headers, small files and all sizes are checked here, the trunk by `checked_trunk`, a slab when it is first read;
+        `verify` reads everything.
+        """
         self.folder = folder
-        data = _read_manifest(folder)
+        self._fds: list[int] = []
+        self._trunk_is_checked = False
+        data = read_manifest(folder)
         try:
             self.format: str = data["format"]
             self.fingerprint: str = data["fingerprint"]
             self.dtype: str = data["dtype"]
-            self.bf16_bytes: int = int(data["bf16_bytes"])
-            self.layouts = [Layout.from_json(item) for item in data["layouts"]]
-            self.layers = [LayerFile(**item | {"crc32": tuple(item["crc32"])}) for item in data["layers"]]
-            self.files: dict[str, dict[str, Any]] = {
-                str(name): dict(written) for name, written in data["files"].items()
-            }
+            self.bf16_bytes: int = data["bf16_bytes"]
+            self.layouts = [self._layout(item) for item in data["layouts"]]
+            self.layers = [LayerFile.from_json(item) for item in data["layers"]]
+            self.files: dict[str, dict[str, Any]] = data["files"]
             self._order = str(data.get("int4_order"))
-            self._fds: list[int] = []
+            self._check_links()
             for layer in self.layers:
                 self._fds.append(self._open(layer))
+            for name in self.files:
+                self._check_size(name)
+                if name != TRUNK:
+                    self._check_file(name)
+            self._check_strays()
             self._seen = [bytearray(layer.n_experts) for layer in self.layers]
-            if any(layout.format != self.format for layout in self.layouts) or self.slab_bytes < ALIGN:
-                raise ValueError(f"layouts are not {self.format!r}")
             if self.format == "int4" and self._order not in ORDERS:
                 raise ValueError(f"int4 order {self._order!r}")
-            if self.dtype not in ("bfloat16", "float16", "float32"):
-                raise ValueError(f"dtype {self.dtype!r}")
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        except BaseException as error:
             self.close()
-            if isinstance(error, Refusal):
+            if isinstance(error, Refusal) or not isinstance(error, (KeyError, TypeError, ValueError, AttributeError)):
                 raise
-            raise Refusal(
-                "E_STORE", f"{folder / MANIFEST} is incomplete ({error!r})", "convert the model again", 5
-            ) from error
+            raise Refusal("E_STORE", f"{folder / MANIFEST} is incomplete ({error!r})", REMEDY, 5) from error
 
     @property
     def trunk(self) -> Path:
         return self.folder / TRUNK
+
+    def checked_trunk(self) -> Path:
+        """The trunk's file, once its header describes it and every byte is as written; it is read for that only once.
+
+        Reading it warms the page cache for whoever loads it next.
+        """
+        if not self._trunk_is_checked:
+            read_header(self.trunk, REMEDY)
+            self._check_file(TRUNK)
+            self._trunk_is_checked = True
+        return self.trunk
 
     @property
     def slab_bytes(self) -> int:
@@ -133,22 +135,61 @@ class Store:
             self._seen[key.layer][key.expert] = 1
         self.layout(key.layer).reorder(buffer[:length], self._order)  # where another kind of CPU made the store
 
-    def verify(self) -> Iterator[str]:
-        """Read every byte; yields a line for each file or slab that is not as it was written, and for each stray file."""
+    def verify(self) -> Iterator[Problem]:
+        """Read every byte; yields each file or slab that is not as it was written, and each stray file."""
         for layer in self.layers:
             found = slab_checksums(self.folder / layer.file, layer.data_offset, layer.n_experts)
             for e, (got, want) in enumerate(zip(found, layer.crc32, strict=True)):
                 if got != want:
-                    yield f"{layer.file}: expert {e} has checksum {got:08x}, written was {want:08x}"
+                    yield Problem(layer.file, f"expert {e} has checksum {got:08x}, written was {want:08x}")
         for name, written in self.files.items():
             path = self.folder / name
-            found_now = file_checksum(path) if path.is_file() else {"bytes": 0, "sha256": "missing"}
+            found_now = file_checksum(path) if path.is_file() else {"bytes": 0, "crc32": 0, "sha256": "missing"}
             if found_now != written:
-                yield f"{name}: {_short(found_now)}, written was {_short(written)}"
-        known = {MANIFEST, LOCK, *self.files, *(layer.file for layer in self.layers)}
-        for file in sorted(self.folder.iterdir()):
-            if file.name not in known:
-                yield f"{file.name}: no part of this store"
+                yield Problem(name, f"{_short(found_now)}, written was {_short(written)}")
+        for file in self._strays():
+            yield Problem(file.name, "no part of this store")
+
+    @property
+    def names(self) -> set[str]:
+        """All files that the store consists of."""
+        return {MANIFEST, *self.files, *(layer.file for layer in self.layers)}
+
+    def _strays(self) -> list[Path]:
+        known = self.names | {LOCK, JOB}
+        return [file for file in sorted(self.folder.iterdir()) if file.name not in known]
+
+    def _layout(self, data: dict[str, Any]) -> Layout:
+        try:
+            return Layout.from_json(data)
+        except Refusal as refusal:
+            what = f"{self.folder / MANIFEST} has a slab layout that this program would not make"
+            raise Refusal("E_STORE", what, REMEDY, 5) from refusal
+
+    def _check_links(self) -> None:
+        """Nothing in the store lies elsewhere."""
+        for name in sorted(self.names):
+            if (self.folder / name).is_symlink() and _leaves(self.folder / name):
+                raise Refusal("E_STORE", f"{self.folder / name} is a link out of the store", REMEDY, 5)
+
+    def _check_strays(self) -> None:
+        """Nothing lies beside the store's files that a load would read."""
+        for stray in self._strays():
+            if _READ_BY_LOADERS.fullmatch(stray.name) or (stray.is_dir() and not stray.name.startswith(".")):
+                raise Refusal("E_STRAY", f"{stray} is no part of this store, but would be read with it", "remove it", 5)
+
+    def _check_size(self, name: str) -> None:
+        have, need = regular_size(self.folder / name), self.files[name]["bytes"]
+        if have != need:
+            raise _wrong_size(self.folder / name, have, need)
+
+    def _check_file(self, name: str) -> None:
+        written = self.files[name]["crc32"]
+        with open(self.folder / name, "rb") as file:
+            got = _crc(file, self.files[name]["bytes"])
+        if got != written:
+            what = f"{self.folder / name} has checksum {got:08x}, written was {written:08x}"
+            raise Refusal("E_CORRUPT", what, REMEDY, 5)
 
     def _check(self, layer: LayerFile, expert: int, got: int) -> None:
         if got != layer.crc32[expert]:
@@ -156,34 +197,57 @@ class Store:
             raise Refusal(
                 "E_CORRUPT",
                 f"{what} has checksum {got:08x}, written was {layer.crc32[expert]:08x}",
-                "check the disk, then convert the model again",
+                "check the disk, then run `duoserve convert` again, which reads all and makes anew what is damaged",
                 5,
             )
 
     def close(self) -> None:
-        while getattr(self, "_fds", None):
+        while self._fds:
             os.close(self._fds.pop())
 
     def _open(self, layer: LayerFile) -> int:
-        path = self.folder / layer.file
-        if os.path.basename(layer.file) != layer.file:
-            raise Refusal(
-                "E_STORE", f"the manifest names {layer.file!r} outside the store", "convert the model again", 5
-            )
-        need = layer.data_offset + layer.n_experts * self.layouts[layer.layout].slab_bytes
-        have = path.stat().st_size if path.is_file() else -1
-        if have != need or layer.data_offset % ALIGN:
-            raise Refusal(
-                "E_STORE", f"{path} has {max(have, 0)} bytes, the manifest says {need}", "convert the model again", 5
-            )
-        if (got := header_checksum(path, layer.data_offset)) != layer.header_crc32:
-            raise Refusal(
-                "E_CORRUPT",
-                f"the header of {path} has checksum {got:08x}, written was {layer.header_crc32:08x}",
-                "convert the model again",
-                5,
-            )
+        path, slab_bytes = self.folder / layer.file, self.layouts[layer.layout].slab_bytes
+        need = layer.data_offset + layer.n_experts * slab_bytes
+        if (have := regular_size(path)) != need:
+            raise _wrong_size(path, have, need)
+        text = _head(path, layer.data_offset)
+        if (got := zlib.crc32(text)) != layer.header_crc32:
+            what = f"the header of {path} has checksum {got:08x}, written was {layer.header_crc32:08x}"
+            raise Refusal("E_CORRUPT", what, REMEDY, 5)
+        if int.from_bytes(text[:8], "little") != layer.data_offset - 8:
+            raise Refusal("E_CORRUPT", f"{path} has a header of another length than its manifest says", REMEDY, 5)
+        tensors = parse_header(text[8:], need - layer.data_offset, path, REMEDY)
+        wanted = ("U8", (layer.n_experts, slab_bytes))
+        if list(tensors) != ["experts"] or tensors["experts"][:2] != wanted:
+            what = f"{path} describes other than {layer.n_experts} experts of {slab_bytes} bytes"
+            raise Refusal("E_CORRUPT", what, REMEDY, 5)
         return open_direct(path)
+
+
+class Problem(NamedTuple):
+    """A file that is not as it was written, and what is wrong with it."""
+
+    file: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.what}"
+
+
+def _leaves(link: Path) -> bool:
+    """Whether a link points out of its folder; hub caches link into a folder `blobs` two above, which is no other place."""
+    home, target = os.path.realpath(link.parent), os.path.realpath(link)  # which, unlike resolve, survives circles
+    return os.path.dirname(target) not in (home, str(Path(home).parent.parent / "blobs"))
+
+
+def _wrong_size(path: Path, have: int, need: int) -> Refusal:
+    found = "is missing" if have < 0 else f"has {have} bytes"
+    return Refusal("E_STORE", f"{path} {found}, the manifest says {need}", REMEDY, 5)
+
+
+def _head(path: Path, n_bytes: int) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(n_bytes)
 
 
 def open_direct(path: Path) -> int:
@@ -192,16 +256,6 @@ def open_direct(path: Path) -> int:
         return os.open(path, os.O_RDONLY | os.O_DIRECT)
     except OSError:
         return os.open(path, os.O_RDONLY)
-
-
-def is_store(folder: Path) -> bool:
-    return (folder / MANIFEST).is_file()
-
-
-def write_manifest(folder: Path, data: dict[str, Any]) -> None:
-    data = {"kind": KIND, "version": VERSION} | data
-    with replacing(folder / MANIFEST) as stream:
-        stream.write(json.dumps(data | {"sha256": _digest(data)}, indent=1).encode())
 
 
 def slab_checksums(path: Path, data_offset: int, n_experts: int) -> list[int]:
@@ -214,14 +268,17 @@ def slab_checksums(path: Path, data_offset: int, n_experts: int) -> list[int]:
 
 def header_checksum(path: Path, data_offset: int) -> int:
     """CRC-32 of what lies before the first slab."""
-    with open(path, "rb") as file:
-        return zlib.crc32(file.read(data_offset))
+    return zlib.crc32(_head(path, data_offset))
 
 
 def file_checksum(path: Path) -> dict[str, Any]:
-    """Length and SHA-256 of a file, as the manifest keeps them."""
+    """Length, CRC-32 (quick: for every load) and SHA-256 (for `verify`) of a file, as the manifest keeps them."""
+    crc, sha, n_bytes = 0, hashlib.sha256(), 0
     with open(path, "rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        while piece := file.read(PIECE):
+            crc, n_bytes = zlib.crc32(piece, crc), n_bytes + len(piece)
+            sha.update(piece)
+    return {"bytes": n_bytes, "crc32": crc, "sha256": sha.hexdigest()}
 
 
 def _short(checksum: dict[str, Any]) -> str:
@@ -231,15 +288,11 @@ def _short(checksum: dict[str, Any]) -> str:
 def _crc(file: BinaryIO, n_bytes: int) -> int:
     crc = 0
     while n_bytes:
-        piece = file.read(min(n_bytes, 1 << 20))
+        piece = file.read(min(n_bytes, PIECE))
         if not piece:
             break
         crc, n_bytes = zlib.crc32(piece, crc), n_bytes - len(piece)
     return crc
-
-
-def _digest(data: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
 class Entry:
@@ -247,12 +300,9 @@ class Entry:
 
     def __init__(self, name: str, dtype: str, shape: tuple[int, ...], pieces: Callable[[], Iterable[torch.Tensor]]):
         self.name, self.dtype, self.shape, self.pieces = name, dtype, shape, pieces
-        self.n_bytes = _DTYPE_BYTES[dtype]
+        self.n_bytes = DTYPE_BITS[dtype] // 8
         for side in shape:
             self.n_bytes *= side
-
-
-_DTYPE_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
 
 def write_safetensors(path: Path, entries: list[Entry]) -> int:
@@ -277,81 +327,5 @@ def write_safetensors(path: Path, entries: list[Entry]) -> int:
     return 8 + len(text)
 
 
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Write a file that is either there whole or not at all: temporary name, fsync, rename, fsync of the folder."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-@contextlib.contextmanager
-def exclusive(folder: Path, waiting: Callable[[str], None]) -> Iterator[None]:
-    """Be the only process at work on `folder`; the kernel frees the lock of a process that died.
-
-    `waiting` is told of the process that has it, if any, before this one waits.
-    """
-    path = folder / LOCK
-    while True:
-        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            _take(file, waiting)
-            if path.exists() and os.fstat(file).st_ino == path.stat().st_ino:
-                os.truncate(file, 0)
-                os.pwrite(file, str(os.getpid()).encode(), 0)
-                try:
-                    yield
-                finally:
-                    path.unlink(missing_ok=True)
-                return
-        finally:  # also where the former owner took the file away while we waited: then once more
-            os.close(file)
-
-
-def _take(file: int, waiting: Callable[[str], None]) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        waiting(f"waiting for process {os.pread(file, 32, 0).decode() or '?'}, which makes the same store")
-        fcntl.flock(file, fcntl.LOCK_EX)
-
-
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
     return tensor.contiguous().flatten().view(torch.uint8).numpy().data
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    path = folder / MANIFEST
-    size = path.stat().st_size
-    if size > MAX_MANIFEST:
-        raise Refusal(
-            "E_STORE", f"{path} has {size} bytes, at most {MAX_MANIFEST} are read", "convert the model again", 5
-        )
-    try:
-        data = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise Refusal("E_STORE", f"{path} is not JSON ({error})", "convert the model again", 5) from error
-    if not isinstance(data, dict) or data.get("kind") != KIND:
-        raise Refusal("E_STORE", f"{path} is not the manifest of an expert store", "convert the model again", 5)
-    if data.get("version") != VERSION:
-        raise Refusal(
-            "E_STORE",
-            f"{path} has version {data.get('version')}, this program reads {VERSION}",
-            "convert the model again",
-            5,
-        )
-    digest = data.pop("sha256", None)
-    if digest != _digest(data):
-        raise Refusal("E_CORRUPT", f"{path} is not as it was written (sha256 differs)", "convert the model again", 5)
-    return data

@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,9 @@ from duoserve.checkpoint import Checkpoint
 from duoserve.convert import convert
 from duoserve.core import Key, Refusal
 from duoserve.device import host_arena
-from duoserve.store import Store, exclusive, is_store
+from duoserve.durable import exclusive
+from duoserve.manifest import is_store
+from duoserve.store import Store
 
 
 def digest(folder: Path) -> dict[str, bytes]:
@@ -79,39 +80,9 @@ def test_an_interrupted_conversion_goes_on_and_ends_the_same(
     assert written == ["experts-002.safetensors", "trunk.safetensors"], "finished layers are kept"
 
 
-def test_killed_conversions_go_on_and_end_the_same(toy: Any, tmp_path: Path) -> None:
-    """kill -9 at six moments, a real process each time; a store is never there before it is whole."""
-    code = "import sys; from pathlib import Path; from duoserve.convert import convert; print('go', flush=True); "
-    code += "convert(Path(sys.argv[1]), Path(sys.argv[2]), 'int4', progress=lambda *_: __import__('time').sleep(0.01))"
-    whole = digest(convert(toy("qwen3_moe"), tmp_path / "whole", "int4"))
-    out = tmp_path / "s"
-    for kill in range(6):
-        process = subprocess.Popen(
-            [sys.executable, "-c", code, str(toy("qwen3_moe")), str(out)], stdout=subprocess.PIPE
-        )
-        assert process.stdout is not None and process.stdout.readline() == b"go\n"
-        time.sleep(0.05 + 0.05 * kill)
-        process.kill()
-        process.wait()
-        if is_store(out):
-            Store(out).close()
-    assert digest(convert(toy("qwen3_moe"), out, "int4")) == whole
-
-
-def test_two_processes_make_one_store(toy: Any, tmp_path: Path) -> None:
-    code = "import sys; from pathlib import Path; from duoserve.convert import convert; "
-    code += "convert(Path(sys.argv[1]), Path(sys.argv[2]), 'int4', progress=lambda *a: print(a[2], flush=True))"
-    command = [sys.executable, "-c", code, str(toy("gpt_oss")), str(tmp_path / "s")]
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    said = [process.communicate(timeout=120) for process in both]
-    assert [process.returncode for process in both] == [0, 0], said
-    Store(tmp_path / "s").close()
-    assert not [file.name for file in (tmp_path / "s").iterdir() if file.name.startswith(".")]
-
-
 def test_waiting_for_another_process_is_said_and_a_dead_one_is_not_waited_for(tmp_path: Path) -> None:
     said: list[str] = []
-    holder = "import sys, time; from pathlib import Path; from duoserve.store import exclusive\n"
+    holder = "import sys, time; from pathlib import Path; from duoserve.durable import exclusive\n"
     holder += "with exclusive(Path(sys.argv[1]), print): print('held', flush=True); time.sleep(60)"
     process = subprocess.Popen([sys.executable, "-c", holder, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline() == "held\n"

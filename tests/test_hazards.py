@@ -20,8 +20,9 @@ from duoserve.cache import ExpertCache
 from duoserve.codec import Layout, Param
 from duoserve.core import Key, Phase, Step
 from duoserve.device import DONE, ThreadDevice
+from duoserve.manifest import TRUNK, write_manifest
 from duoserve.moe import Runtime
-from duoserve.store import Entry, Store, header_checksum, slab_checksums, write_manifest, write_safetensors
+from duoserve.store import Entry, Store, file_checksum, header_checksum, slab_checksums, write_safetensors
 from duoserve.transfer import HostTier, Transfer
 
 LAYERS, EXPERTS, WIDTH = 3, 8, 64
@@ -51,8 +52,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         layers.append({"module": f"layers.{i}", "file": f"experts-{i:03d}.safetensors", "n_experts": EXPERTS,
                        "layout": 0, "data_offset": start, "header_crc32": header_checksum(path, start),
                        "crc32": slab_checksums(path, start, EXPERTS)})  # fmt: skip
-    write_manifest(folder, {"format": "bf16", "fingerprint": "0", "dtype": "float32", "bf16_bytes": 0,
-                            "layouts": [layout.to_json()], "layers": layers, "files": {}})  # fmt: skip
+    write_safetensors(folder / TRUNK, [])
+    write_manifest(folder, {"format": "bf16", "plain": "float32", "fingerprint": "0", "dtype": "float32", "bf16_bytes": 1,
+                            "layouts": [layout.to_json()], "layers": layers,
+                            "files": {TRUNK: file_checksum(folder / TRUNK)}})  # fmt: skip
     return folder
 
 

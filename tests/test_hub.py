@@ -28,7 +28,8 @@ from safetensors.torch import load_file, save_file
 from duoserve import cli, hub
 from duoserve.convert import convert
 from duoserve.core import Refusal
-from duoserve.store import Store, is_store
+from duoserve.manifest import is_store
+from duoserve.store import Store
 
 COMMIT, OLDER = "a" * 40, "b" * 40
 PROGRESS = re.compile(r"(fetching|checking|converting) .*: \d+ of \d+ MiB(, \d+ s left)?")  # every 5 s

@@ -34,7 +34,7 @@ def problems(folder: Path) -> list[str]:
         opened = Store(folder)
     except Refusal as refusal:
         return [str(refusal)]
-    found = list(opened.verify())
+    found = [str(problem) for problem in opened.verify()]
     opened.close()
     return found
 
@@ -103,7 +103,7 @@ def test_slabs_are_read_past_the_page_cache(store: Path) -> None:
 def test_manifests_with_wrong_types_are_refused(store: Path, change: dict[str, Any]) -> None:
     import json
 
-    from duoserve.store import write_manifest
+    from duoserve.manifest import write_manifest
 
     data = json.loads((store / "manifest.json").read_text())
     del data["sha256"]

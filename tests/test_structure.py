@@ -12,20 +12,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = {
     0: {
-        "version",
-        "core",
-        "config",
-        "device",
-        "native",
-        "int4",
-        "codec",
-        "checkpoint",
-        "folder",
-        "published",
-        "hub",
-        "sizing",
+        *("version", "core", "config", "device", "native", "int4", "codec", "checkpoint", "folder", "published"),
+        *("hub", "sizing", "durable", "headers"),
     },
-    1: {"store", "cache", "experts", "trunk"},
+    1: {"store", "cache", "experts", "trunk", "manifest", "shelf"},
     2: {"convert", "transfer", "profile"},
     3: {"prefill", "decode", "estimate"},
     4: {"moe"},
@@ -52,6 +42,11 @@ SIDE_BY_SIDE = {
     ("hub", "core"),
     ("hub", "folder"),
     ("hub", "device"),
+    ("headers", "core"),
+    ("checkpoint", "headers"),
+    ("folder", "headers"),
+    ("store", "manifest"),
+    ("shelf", "manifest"),
 }
 MACHINE = re.compile(
     r"torch\.cuda|pin_memory|cudart|cudaHost|\.cuda\(|threading\.Thread\b|ThreadPoolExecutor|Stream\(\)"
@@ -112,7 +107,7 @@ def test_nothing_that_is_loaded_can_run_code(path: Path) -> None:
 
 
 def test_cache_and_core_import_no_torch() -> None:
-    for name in ("core", "cache", "config"):
+    for name in ("core", "cache", "config", "durable", "headers", "manifest", "shelf"):
         assert not any(
             m == "torch" or m.startswith("torch.") for m in imports_at_runtime(ROOT / "duoserve" / f"{name}.py")
         )
