@@ -1,24 +1,32 @@
-"""Decode and prefill on a random-weight Mixtral of 1.5 B parameters: ours, stock transformers, Accelerate disk offload.
+"""Decode and prefill on a random-weight Mixtral of 1.5 B parameters, beside stock transformers and a plain disk reader.
 
-    python -m benchmarks.speed FOLDER [--rows stock,bf16:all,int4:all,int4:half,int4:0.2,accelerate] [--rounds 3]
+    python -m benchmarks.speed FOLDER [--rows stock,bf16:all,int4:all,int4:half@900MB,int4:0.2@700MB] [--rounds 3]
 
-FOLDER takes the model (3 GB, made at first use) and its stores. Each row is a process of its own. A random router repeats
-itself and fakes hits, so ours gets uniform random routes (hits then equal residency); the peers keep the routes they
-have, and the page cache, which ours does not use. Every round runs every row, so that a slow minute slows all of them;
-printed are medians over rounds, and of each round's ratio to its own stock row.
+FOLDER takes the model (3 GB, made at first use) and its stores. A row is FORMAT:RESIDENCY[@CAP], or a peer; each is a
+process of its own, with CAP in a memory control group of that size (needs root). Pages cached of files are dropped before
+each. A random router repeats itself and fakes hits, so ours gets uniform random routes (hits then equal residency); the
+peers keep their routes, and their page cache, which ours does not use. Every round runs every row, so that a slow minute
+slows all of them; printed are medians over rounds, of figures and of each round's ratios:
+
+    x stock    against the stock row of the round           plain      GB/s that two threads get reading such slabs, no more
+    decode /   step / (resident step + plain read of what it missed)                 at most 1.15
+    prefill /  pass / the larger of (resident pass, plain read of what it missed)    at most 1.15
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 import statistics
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from benchmarks.cap import drop_page_cache, memory_group
 from benchmarks.machine import describe
 
 SHAPE = {
@@ -26,8 +34,11 @@ SHAPE = {
     "num_key_value_heads": 4, "num_local_experts": 8, "num_experts_per_tok": 2, "vocab_size": 32000,
     "max_position_embeddings": 4096, "eos_token_id": None, "pad_token_id": None,
 }  # fmt: skip
-NEW_TOKENS = 32
-ROWS = "stock,bf16:all,int4:all,int4:half,int4:0.2,accelerate"
+PROMPTS = (64, 512)
+STEPS, PASSES = 32, 3  # decode steps behind each prompt; prefills of each length
+PLAIN_READS = 96  # slabs
+ROWS = "stock,bf16:all,int4:all,int4:half@900MB,int4:0.2@700MB"
+ROOM = 1024  # tokens of keys and values
 
 
 def make_model(folder: Path) -> Path:
@@ -58,115 +69,218 @@ def uniform_routes(engine: Any) -> None:
             module.register_forward_pre_hook(redraw)
 
 
-def clock(model: Any, prompt: int) -> tuple[float, float]:
-    """Seconds of prefill, and decode tokens per second."""
+def measure(row: str, folder: Path) -> dict[str, Any]:
+    """One row in this process: per prompt length the medians of its passes and steps, and what they read."""
     import torch
 
-    ids = torch.randint(0, SHAPE["vocab_size"], (1, prompt))
+    model, engine = _open(row, folder)
+    found: dict[str, Any] = {"row": row}
     with torch.inference_mode():
+        model(input_ids=torch.zeros(1, 8, dtype=torch.long))
+        for prompt in PROMPTS:
+            found[f"prompt_{prompt}"] = _prompt(model, engine, prompt)
+    if engine:
+        stats = engine.stats()
+        found |= {name: stats[name] for name in ("residency", "budget_bytes", "used_bytes")}
+        found["plain_gbps"] = _plain_rate(engine) / 1e9
+    return found | {"rss_peak_bytes": _peak_rss()}
+
+
+def _prompt(model: Any, engine: Any, prompt: int) -> dict[str, Any]:
+    import torch
+
+    prefills, steps, reads = [], [], []
+    for _ in range(1 + PASSES):
+        ids = torch.randint(0, SHAPE["vocab_size"], (1, prompt))
+        before = _read_bytes(engine)
         began = time.perf_counter()
         out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
-        prefill = time.perf_counter() - began
+        prefills.append(time.perf_counter() - began)
+        reads.append(_read_bytes(engine) - before)
+    before, counts = _read_bytes(engine), _counts(engine)
+    for _ in range(STEPS):
+        ids = out.logits[:, -1:].argmax(-1)
         began = time.perf_counter()
-        for _ in range(NEW_TOKENS):
-            ids = out.logits[:, -1:].argmax(-1)
-            out = model(input_ids=ids, past_key_values=out.past_key_values, use_cache=True)
-        return prefill, NEW_TOKENS / (time.perf_counter() - began)
+        out = model(input_ids=ids, past_key_values=out.past_key_values, use_cache=True)
+        steps.append(time.perf_counter() - began)
+    hits, asked = (now - then for now, then in zip(_counts(engine), counts, strict=True))
+    return {
+        "ttft_s": statistics.median(prefills[1:]),
+        "first_s": prefills[0],
+        "ttft_bytes": statistics.median(reads[1:]),
+        "step_s": _middle(steps),
+        "avg_ts": 1 / _middle(steps),
+        "step_bytes": (_read_bytes(engine) - before) / STEPS,
+        "hit_rate": hits / asked if asked else None,
+        "misses": (asked - hits) / STEPS,
+    }
 
 
-def run_row(row: str, folder: Path, prompt: int) -> dict[str, Any]:
-    """Measure one row in this process."""
-    model, engine = _open(row, folder)
-    clock(model, prompt)
-    before = engine.stats() if engine else {}
-    ttft_s, rate = clock(model, prompt)
-    found = {"row": row, "n_prompt": prompt, "n_gen": NEW_TOKENS, "ttft_s": ttft_s, "avg_ts": rate}
-    return found | (_traffic(before, engine.stats()) if engine else {})
+def _middle(seconds: list[float]) -> float:
+    """Mean of the middle half: steps differ in what they miss, and now and then the machine was busy elsewhere."""
+    quarter = len(seconds) // 4
+    return statistics.mean(sorted(seconds)[quarter : len(seconds) - quarter])
+
+
+def _read_bytes(engine: Any) -> int:
+    return int(engine.stats()["bytes_moved"]) if engine else 0
+
+
+def _counts(engine: Any) -> tuple[int, int]:
+    stats = engine.stats() if engine else dict.fromkeys(("hits", "in_flight", "misses"), 0)
+    return stats["hits"], stats["hits"] + stats["in_flight"] + stats["misses"]
+
+
+def _plain_rate(engine: Any) -> float:
+    """Bytes/s of the engine's own two threads with nothing else to do: whole slabs at random, into touched memory."""
+    from duoserve.core import Key
+
+    transfer, layers = engine.runtime.transfer, engine.store.layers
+    slabs = [transfer.slab(slot) for slot in engine.runtime.cache.slots[:8]]
+    keys = [Key(random.randrange(len(layers)), random.randrange(layers[0].n_experts)) for _ in range(PLAIN_READS)]
+
+    def read(i: int) -> Any:
+        return lambda: engine.store.read_into(keys[i], slabs[i % len(slabs)])
+
+    rates = []
+    for start in range(0, PLAIN_READS, 32):
+        began = time.perf_counter()
+        for event in [engine.device.copy.submit(read(i)) for i in range(start, start + 32)]:
+            event.wait()
+        rates.append(32 * engine.store.slab_bytes / (time.perf_counter() - began))
+    return statistics.median(rates)
+
+
+def _peak_rss() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
 
 
 def _open(row: str, folder: Path) -> tuple[Any, Any]:
     import torch
 
-    torch.set_num_threads(2)
     if row in ("stock", "accelerate"):
         from transformers import AutoModelForCausalLM
 
         options: dict[str, Any] = {}
         if row == "accelerate":
-            # everything but the embeddings may go to disk; "half" of the 3 GB stays in memory
+            # everything but the embeddings may go to disk; half of the 3 GB stays in memory
             options = {"device_map": "auto", "max_memory": {"cpu": "1500MB"}, "offload_folder": str(folder / "offload")}
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **options).eval(), None
     import duoserve
-    from duoserve.convert import Conversion
-    from duoserve.plan import Sizes
 
-    format, _, residency = row.partition(":")
-    size = Conversion.of(folder, format).size
-    sizes = Sizes(Conversion.of(folder, format).checkpoint.config, torch.bfloat16)
-    share = {"all": 1.0, "half": 0.5}.get(residency) or float(residency)
-    budget = sizes.trunk_bytes + sizes.kv_bytes(1024) + round(share * size.n_experts) * size.slab_bytes
-    engine = duoserve.load(folder, format=format, budget=budget, ctx=1024, cache_dir=str(folder / "cache"))
+    engine = duoserve.load(folder, cache_dir=str(folder / "cache"), **_options(row, folder))
     uniform_routes(engine)
     return engine.model, engine
 
 
-def _traffic(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
-    asked = sum(after[k] - before[k] for k in ("hits", "in_flight", "misses"))
-    moved, busy = after["bytes_moved"] - before["bytes_moved"], after["link_busy_s"] - before["link_busy_s"]
-    return {
-        "residency": after["residency"],
-        "hit_rate": (after["hits"] - before["hits"]) / asked,
-        "bytes_disk": moved,
-        "link_gbps": moved / busy / 1e9 if busy else None,
-        "budget_bytes": after["budget_bytes"],
-    }
+def _options(row: str, folder: Path) -> dict[str, Any]:
+    """Format and the budget that holds the row's share of the experts, by the plan's own arithmetic."""
+    import torch
+
+    from duoserve.config import EngineConfig
+    from duoserve.convert import Conversion
+    from duoserve.plan import make_plan, trunk_format
+
+    format, _, share = row.partition("@")[0].partition(":")
+    conversion = Conversion.of(folder, format)
+    trunk = trunk_format(EngineConfig(), format, torch.bfloat16, "cpu")
+    config = EngineConfig(budget="min", ctx=ROOM)
+    least = make_plan(conversion.size, conversion.checkpoint.config, torch.bfloat16, config, 0, trunk=trunk)
+    slots = round(({"all": 1.0, "half": 0.5}.get(share) or float(share)) * conversion.size.n_experts)
+    budget = least.planned_bytes + (slots - least.slots) * conversion.size.slab_bytes
+    return {"format": format, "budget": budget, "ctx": ROOM}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--rows", default=ROWS)
-    parser.add_argument("--prompt", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--row", help=argparse.SUPPRESS)
     options = parser.parse_args()
     folder = make_model(options.folder)
     if options.row:
-        print(json.dumps(run_row(options.row, folder, options.prompt)))
+        print(json.dumps(measure(options.row, folder)))
         return
     names = options.rows.split(",")
-    rounds = [{row: _row_process(row, options) for row in names} for _ in range(options.rounds)]
-    found = [_over_rounds(row, rounds) for row in names]
-    print(f"{'row':12s} {'TTFT s':>8s} {'tok/s':>8s} {'x stock':>8s} {'hit':>6s} {'GB/s':>6s}")
-    for r in found:
-        ratio = f"{r['x_stock']:8.2f}" if r["x_stock"] else " " * 8
-        hit = f"{r['hit_rate']:6.0%}" if r.get("hit_rate") is not None else " " * 6
-        link = f"{r['link_gbps']:6.2f}" if r.get("link_gbps") else " " * 6
-        print(f"{r['row']:12s} {r['ttft_s']:8.2f} {r['avg_ts']:8.2f} {ratio} {hit} {link}")
+    for row in names:  # conversions need more memory than caps give
+        if ":" in row:
+            _process(row.partition("@")[0].partition(":")[0] + ":all", folder)
+    rounds = [{row: _process(row, folder) for row in names} for _ in range(options.rounds)]
+    found = [_over_rounds(row, prompt, rounds) for prompt in PROMPTS for row in names]
+    _print(found)
     print(json.dumps({"benchmark": "speed", "rounds": options.rounds, "machine": describe(), "rows": found}))
 
 
-def _over_rounds(row: str, rounds: list[dict[str, Any]]) -> dict[str, Any]:
-    """Medians of one row's figures, with the samples they come from."""
-    samples = [r[row] for r in rounds]
-    found = {name: _median([s[name] for s in samples]) for name in samples[0]}
-    ratios = [r[row]["avg_ts"] / r["stock"]["avg_ts"] for r in rounds if "stock" in r]
-    return found | {
-        "x_stock": statistics.median(ratios) if ratios else None,
-        "samples_ts": [s["avg_ts"] for s in samples],
-    }
+def _process(row: str, folder: Path) -> dict[str, Any]:
+    """One row in a process of its own, within its cap."""
+    command = [sys.executable, "-m", "benchmarks.speed", str(folder), "--row", row]
+    drop_page_cache()
+    with ExitStack() as stack:
+        cap = row.partition("@")[2]
+        if cap:
+            group = stack.enter_context(memory_group(_bytes(cap)))
+            command = ["sh", "-c", f'echo $$ > "{group}/cgroup.procs" && exec "$@"', "sh", *command]
+        done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"row {row} failed with {done.returncode}:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _bytes(text: str) -> int:
+    from duoserve.config import parse_size
+
+    return parse_size(text)
+
+
+def _over_rounds(row: str, prompt: int, rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians of one row behind one prompt length, and of its ratios round by round, with the samples."""
+    samples = [r[row][f"prompt_{prompt}"] for r in rounds]
+    found: dict[str, Any] = {"row": row, "n_prompt": prompt, "n_gen": STEPS}
+    found |= {name: _median([s[name] for s in samples]) for name in samples[0]}
+    for name in ("residency", "budget_bytes", "used_bytes", "plain_gbps", "rss_peak_bytes"):
+        found[name] = _median([r[row].get(name) for r in rounds])
+    ratios = [_ratios(row, prompt, r) for r in rounds]
+    found |= {name: _median([ratio[name] for ratio in ratios]) for name in ratios[0]}
+    return found | {"samples_ts": [s["avg_ts"] for s in samples], "samples_ttft_s": [s["ttft_s"] for s in samples]}
+
+
+def _ratios(row: str, prompt: int, rows: dict[str, dict[str, Any]]) -> dict[str, float | None]:
+    """One row of one round against its peers of the same round."""
+    mine = rows[row][f"prompt_{prompt}"]
+    stock = rows.get("stock", {}).get(f"prompt_{prompt}")
+    resident = rows.get(row.partition(":")[0] + ":all", {}).get(f"prompt_{prompt}")
+    found: dict[str, float | None] = dict.fromkeys(("x_decode", "x_prefill", "decode_bound", "prefill_bound"))
+    if stock:
+        found["x_decode"] = stock["step_s"] / mine["step_s"]
+        found["x_prefill"] = stock["ttft_s"] / mine["ttft_s"]
+    if resident and rows[row].get("plain_gbps"):
+        rate = rows[row]["plain_gbps"] * 1e9
+        found["decode_bound"] = mine["step_s"] / (resident["step_s"] + mine["step_bytes"] / rate)
+        found["prefill_bound"] = mine["ttft_s"] / max(resident["ttft_s"], mine["ttft_bytes"] / rate)
+    return found
 
 
 def _median(values: list[Any]) -> Any:
     return statistics.median(values) if all(isinstance(v, int | float) for v in values) else values[0]
 
 
-def _row_process(row: str, options: argparse.Namespace) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.speed", str(options.folder), "--prompt", str(options.prompt)]
-    done = subprocess.run([*command, "--row", row], capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"row {row} failed:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+COLUMNS = (
+    ("prompt", "n_prompt", "{:6d}"), ("prefill s", "ttft_s", "{:9.3f}"), ("x stock", "x_prefill", "{:7.2f}"),
+    ("prefill /", "prefill_bound", "{:9.2f}"), ("tok/s", "avg_ts", "{:6.1f}"), ("x stock", "x_decode", "{:7.2f}"),
+    ("decode /", "decode_bound", "{:8.2f}"), ("hit", "hit_rate", "{:5.0%}"), ("misses", "misses", "{:6.1f}"),
+    ("MB/tok", "step_bytes", "{:6.0f}"), ("plain", "plain_gbps", "{:5.2f}"), ("peak MB", "rss_peak_bytes", "{:7.0f}"),
+)  # fmt: skip
+
+
+def _print(found: list[dict[str, Any]]) -> None:
+    print(" ".join([f"{'row':16s}", *(f"{title:>{len(form.format(1))}s}" for title, _, form in COLUMNS)]))
+    for r in found:
+        shown = r | {"step_bytes": r["step_bytes"] / 1e6, "rss_peak_bytes": r["rss_peak_bytes"] / 1e6}
+        cells = [form.format(shown[key]) if shown.get(key) is not None else "" for _, key, form in COLUMNS]
+        widths = [max(len(title), len(form.format(1))) for title, _, form in COLUMNS]
+        print(" ".join([f"{r['row']:16s}", *(f"{cell:>{width}s}" for cell, width in zip(cells, widths, strict=True))]))
 
 
 if __name__ == "__main__":

@@ -381,7 +381,7 @@ def available_ram() -> int:
     for folder, limit_name, usage_name in _memory_groups():
         limit, usage = (_number(os.path.join(folder, name)) for name in (limit_name, usage_name))
         if limit is not None and usage is not None:
-            free = min(free, max(0, limit - usage))
+            free = min(free, max(0, limit - usage + _cached_files(folder)))
     return free
 
 
@@ -413,6 +413,17 @@ def _memory_groups() -> Iterable[tuple[str, str, str]]:
                 path = next((p for kinds, p in paths.items() if "memory" in kinds.split(",")), None)
                 if path is not None:
                     yield folder + path, "memory.limit_in_bytes", "memory.usage_in_bytes"
+
+
+def _cached_files(group: str) -> int:
+    """Bytes of a group's usage that are pages of files: given back as soon as memory is wanted."""
+    try:
+        with open(os.path.join(group, "memory.stat")) as lines:
+            stat = {name: int(value) for name, value in (line.split() for line in lines)}
+    except (OSError, ValueError):
+        return 0
+    whole = "total_" if "total_inactive_file" in stat else ""  # version 1 counts the groups below apart
+    return stat.get(f"{whole}inactive_file", 0) + stat.get(f"{whole}active_file", 0)
 
 
 def _number(path: str) -> int | None:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 
+from duoserve import attention
 from duoserve.cache import ExpertCache
 from duoserve.checkpoint import build_meta, find_experts, load_trunk, replace_module
 from duoserve.core import Phase, Refusal, Step
@@ -53,6 +54,8 @@ def load_model(
     settle(model, linears, device)
     if (store.folder / "generation_config.json").is_file():
         model.generation_config = transformers.GenerationConfig.from_pretrained(store.folder)
+    if device.name == "cpu":
+        attention.use(model)
     watch = PassWatch(runtime, plan)
     model.register_forward_pre_hook(watch.before, with_kwargs=True)
     model.register_forward_hook(watch.after, with_kwargs=True)

@@ -13,6 +13,7 @@
 #define WIDE __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi,avx512bf16")))
 
 enum { TILE = 64, ROWS = 6, MAX_PAIRS = 32 }; /* rows of W, rows of x at a time, pairs of k in a group */
+enum { AHEAD = 4096 };                         /* bytes: the processor's own prefetching ends at a page; 29 GB/s, not 25 */
 
 typedef struct {
     const uint16_t *x, *scale_zero;
@@ -84,6 +85,7 @@ WIDE static void one_row(const Job *job, int64_t tile, const Tables *t) {
         __m512 acc[4];
         UNROLLED for (int v = 0; v < 4; v++) acc[v] = _mm512_setzero_ps();
         for (int64_t k = 0; k < job->group; k += 2, bytes += TILE) {
+            _mm_prefetch((const char *)bytes + AHEAD, _MM_HINT_T0);
             __m512bh w[4], pair = two(x + k);
             unpack(bytes, t, w);
             UNROLLED for (int v = 0; v < 4; v++) acc[v] = _mm512_dpbf16_ps(acc[v], w[v], pair);
