@@ -204,9 +204,9 @@ def main() -> None:
         print(json.dumps(measure(options.row, folder)))
         return
     names = options.rows.split(",")
-    for row in names:  # conversions need more memory than caps give
-        if ":" in row:
-            _process(row.partition("@")[0].partition(":")[0] + ":all", folder)
+    for format in {row.partition(":")[0] for row in names if ":" in row}:
+        if not any((folder / "cache" / "stores").glob(f"*-{format}")):  # it needs more memory than caps give
+            _process(f"{format}:all", folder)
     rounds = [{row: _process(row, folder) for row in names} for _ in range(options.rounds)]
     found = [_over_rounds(row, prompt, rounds) for prompt in PROMPTS for row in names]
     _print(found)

@@ -7,6 +7,8 @@ over as `stream.submit(fn, after=events, behind=events, lane=..., cost=...) -> E
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
 import mmap
 import os
 import threading
@@ -383,6 +385,14 @@ def available_ram() -> int:
         if limit is not None and usage is not None:
             free = min(free, max(0, limit - usage + _cached_files(folder)))
     return free
+
+
+def give_back() -> None:
+    """Return to the system what was freed: loading leaves tens of MiB in the allocator's lists, which small caps need."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; others return memory by themselves
+    if trim is not None:
+        trim(0)
 
 
 def memory_cap() -> int | None:

@@ -21,7 +21,7 @@ from duoserve.checkpoint import check_config, quiet, read_config
 from duoserve.config import EngineConfig
 from duoserve.convert import Conversion, Progress, write_store
 from duoserve.core import Refusal, nearest
-from duoserve.device import Device, in_background, open_device
+from duoserve.device import Device, give_back, in_background, open_device
 from duoserve.hub import resolve
 from duoserve.manifest import is_store
 from duoserve.model import load_model
@@ -78,6 +78,7 @@ def load(model: str | os.PathLike[str] | None = None, *, progress: Progress | No
         opened = _opened(folder, config, device, progress, "half" if model is None else None)
         unless_loaded.callback(opened.store.close)
         engine = Engine(*opened, device)
+        give_back()
         unless_loaded.pop_all()
         return engine
 
