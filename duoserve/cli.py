@@ -47,6 +47,7 @@ Trunk = Annotated[
 Dtype = Annotated[str | None, typer.Option(help="Arithmetic and trunk: bfloat16, float32 or float16.")]
 DeviceName = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
 Ctx = Annotated[str | None, typer.Option(help="Tokens of context to plan for, such as 4096 or 32k.")]
+Threads = Annotated[int | None, typer.Option(help="Threads of arithmetic. Default: the real cores that may be used.")]
 CacheDir = Annotated[str | None, typer.Option(help="Where converted stores are kept.")]
 
 
@@ -79,11 +80,12 @@ def chat(
         bool, typer.Option("--json", help="Print one JSON object with the figures as the last line.")
     ] = False,
     cache_dir: CacheDir = None,
+    threads: Threads = None,
 ) -> None:
     """Chat with a model in the terminal, or answer one --prompt."""
     where = {"budget": budget, "format": format, "trunk": trunk, "dtype": dtype, "device": device, "ctx": ctx}
-    where |= {"cache_dir": cache_dir}
-    with _engine(model, where) as engine:
+    more = {"cache_dir": cache_dir, "threads": threads}
+    with _engine(model, where | more) as engine:
         from duoserve import repl
 
         sampling = repl.sampling(max_new_tokens, temperature, top_p, seed)

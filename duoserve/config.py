@@ -10,6 +10,7 @@ from duoserve.core import Refusal, nearest
 
 FORMATS = ("int4", "nf4", "bf16")
 DTYPES = ("bfloat16", "float32", "float16")
+MAX_THREADS = 4096
 DEVICES = ("auto", "cpu", "cuda")
 
 _UNITS = {"": 1, "b": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
@@ -64,6 +65,7 @@ class EngineConfig:
     device: str = "auto"
     ctx: int | None = None
     cache_dir: str | None = None
+    threads: int | None = None
 
     def __post_init__(self) -> None:
         _one_of("format", self.format, FORMATS)
@@ -74,6 +76,8 @@ class EngineConfig:
             parse_share(self.budget)
         elif self.budget not in (None, "min", "half"):
             parse_size(self.budget, "budget")
+        if self.threads is not None and not 1 <= self.threads <= MAX_THREADS:
+            raise Refusal("E_OPTION", f"threads {self.threads} is not between 1 and {MAX_THREADS}", "leave it out")
         if self.ctx is not None and self.ctx < 1:
             raise Refusal("E_CTX", f"a context of {self.ctx} tokens holds nothing", "ask for at least 1")
 

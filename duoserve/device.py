@@ -387,6 +387,54 @@ def available_ram() -> int:
     return free
 
 
+def usable_cores() -> float:
+    """By affinity, and by the control group's quota where that is less."""
+    cores = float(len(os.sched_getaffinity(0)))
+    for path in ("/sys/fs/cgroup/cpu.max", *_own_group("cpu.max")):
+        quota, _, period = _text(path).partition(" ")
+        if quota.isdigit() and period.strip().isdigit():
+            cores = min(cores, int(quota) / int(period))
+    for folder in ("/sys/fs/cgroup/cpu", "/sys/fs/cgroup/cpu,cpuacct"):
+        quota, period = _text(f"{folder}/cpu.cfs_quota_us"), _text(f"{folder}/cpu.cfs_period_us")
+        if quota.isdigit() and period.isdigit():
+            cores = min(cores, int(quota) / int(period))
+    return cores
+
+
+def use_threads(asked: int | None = None) -> int:
+    """Give torch's arithmetic `asked` threads, or what $OMP_NUM_THREADS says, or one for each real core that may be used.
+
+    Torch by itself takes every core that the machine shows, whatever a container's quota is. Returns the number.
+    """
+    said = os.environ.get("OMP_NUM_THREADS", "")
+    n = asked or (int(said) if said.isdigit() and int(said) else max(1, min(_real_cores(), int(usable_cores()))))
+    if n != torch.get_num_threads():
+        torch.set_num_threads(n)
+    return n
+
+
+def _real_cores() -> int:
+    """Cores that may be used, two threads of one core counted once: they share the units that multiply."""
+    seen = set()
+    for cpu in os.sched_getaffinity(0):
+        topology = f"/sys/devices/system/cpu/cpu{cpu}/topology"
+        seen.add((_text(f"{topology}/physical_package_id"), _text(f"{topology}/core_id") or str(cpu)))
+    return len(seen)
+
+
+def _own_group(name: str) -> list[str]:
+    lines = (line.split(":", 2) for line in _text("/proc/self/cgroup").splitlines())
+    return [f"/sys/fs/cgroup{path}/{name}" for _, kinds, path in lines if not kinds]
+
+
+def _text(path: str) -> str:
+    try:
+        with open(path) as file:
+            return file.read().strip()
+    except OSError:
+        return ""
+
+
 def give_back() -> None:
     """Return to the system what was freed: loading leaves tens of MiB in the allocator's lists, which small caps need."""
     gc.collect()

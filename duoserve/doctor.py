@@ -18,7 +18,7 @@ import torch
 
 from duoserve.codec import int4_order
 from duoserve.core import Refusal
-from duoserve.device import available_ram, gpus, memory_cap
+from duoserve.device import available_ram, gpus, memory_cap, usable_cores
 from duoserve.measure import Found, measure
 from duoserve.plan import size
 from duoserve.profile import FILE, Profile, read_profile, write_profile
@@ -120,20 +120,6 @@ def cpu() -> dict[str, Any]:
 
 def cpu_model() -> str:
     return (_after("/proc/cpuinfo", "model name") or platform.processor() or platform.machine())[:200]
-
-
-def usable_cores() -> float:
-    """By affinity, and by the control group's quota where that is less."""
-    cores = float(len(os.sched_getaffinity(0)))
-    for path in ("/sys/fs/cgroup/cpu.max", *_own_group("cpu.max")):
-        quota, _, period = _text(path).partition(" ")
-        if quota.isdigit() and period.strip().isdigit():
-            cores = min(cores, int(quota) / int(period))
-    for folder in ("/sys/fs/cgroup/cpu", "/sys/fs/cgroup/cpu,cpuacct"):
-        quota, period = _text(f"{folder}/cpu.cfs_quota_us"), _text(f"{folder}/cpu.cfs_period_us")
-        if quota.isdigit() and period.isdigit():
-            cores = min(cores, int(quota) / int(period))
-    return cores
 
 
 def memory() -> dict[str, Any]:
@@ -279,11 +265,6 @@ def _file_system(folder: Path) -> str:
         if inside and len(mount) >= len(found[0]):
             found = (mount, kind)
     return found[1]
-
-
-def _own_group(name: str) -> list[str]:
-    lines = (line.split(":", 2) for line in _text("/proc/self/cgroup").splitlines())
-    return [f"/sys/fs/cgroup{path}/{name}" for _, kinds, path in lines if not kinds]
 
 
 def _after(path: str, name: str) -> str:

@@ -21,7 +21,7 @@ from duoserve.checkpoint import check_config, quiet, read_config
 from duoserve.config import EngineConfig
 from duoserve.convert import Conversion, Progress, write_store
 from duoserve.core import Refusal, nearest
-from duoserve.device import Device, give_back, in_background, open_device
+from duoserve.device import Device, give_back, in_background, open_device, use_threads
 from duoserve.hub import resolve
 from duoserve.manifest import is_store
 from duoserve.model import load_model
@@ -66,12 +66,15 @@ def load(model: str | os.PathLike[str] | None = None, *, progress: Progress | No
     `format` int4 (default), nf4, bf16: of the experts, converted once and kept in `cache_dir`. `trunk` likewise: of its
     linears and head, quantised while loading; on the CPU int4 unless the experts are bf16. `dtype` of the rest and of
     arithmetic (default: bfloat16); with "float32" and no `format`, experts stay unquantised, so that logits equal the
-    stock float32 model's. `device` auto, cpu, cuda. `progress` is told of a conversion: bytes done, in all, what.
+    stock float32 model's. `device` auto, cpu, cuda. `threads` of torch's arithmetic, in all of this process (default:
+    $OMP_NUM_THREADS, else the real cores that may be used). `progress` is told of a download or conversion: bytes done,
+    in all, what.
     Unknown options, and budgets below the smallest, raise `Refusal` (a ValueError) of one line.
     """
     quiet()
     config = EngineConfig.of(**options)
     folder = DEMO if model is None else resolve(model, progress, check_config)
+    use_threads(config.threads)
     with contextlib.ExitStack() as unless_loaded:
         device = open_device(config.device)
         unless_loaded.callback(device.close)
@@ -263,6 +266,7 @@ class Engine:
             "trunk": self.trunk,
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": self.device.name,
+            "threads": torch.get_num_threads(),
             "hits": counts.hits,
             "in_flight": counts.in_flight,
             "misses": counts.misses,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from duoserve.core import Lane
-from duoserve.device import DONE, Event, ThreadDevice, WorkerStream, available_ram, host_arena
+from duoserve.device import DONE, Event, ThreadDevice, WorkerStream, available_ram, host_arena, use_threads
 
 
 @pytest.fixture
@@ -112,3 +113,17 @@ def test_available_ram_is_some_of_this_machine() -> None:
     with open("/proc/meminfo") as lines:
         total = int(lines.readline().split()[1]) * 1024
     assert 0 < available_ram() <= total
+
+
+def test_threads_are_chosen_by_the_cores_that_may_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    try:
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        assert use_threads(3) == torch.get_num_threads() == 3
+        assert 1 <= use_threads() == torch.get_num_threads() <= len(os.sched_getaffinity(0))
+        monkeypatch.setattr("duoserve.device.usable_cores", lambda: 1.5)  # a container's quota
+        assert use_threads() == torch.get_num_threads() == 1
+        monkeypatch.setenv("OMP_NUM_THREADS", "2")
+        assert use_threads() == torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
