@@ -52,7 +52,7 @@ from duoserve.version import __version__
 
 _EXPERT_BYTES = 32  # that an expert takes in the manifest and in the note of what is done, at most
 _IDENTITY = ("fingerprint", "format", "plain")  # which model, made into what
-Progress = Callable[[int, int, str], None]  # bytes of slabs done, bytes in all, what is being done
+Progress = Callable[[int, int, str], None]  # bytes of slabs done, bytes in all (0: not counted), what is being done
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def write_store(conversion: Conversion, out: Path, progress: Progress | None = N
 
 
 def _teller(conversion: Conversion, progress: Progress | None) -> Callable[[str], None]:
-    return lambda what: progress(0, conversion.slab_bytes, what) if progress else None
+    return lambda what: progress(0, 0, what) if progress else None
 
 
 def _opened(source: Path) -> Checkpoint:
