@@ -3,17 +3,20 @@
 Knows how transformers renames and fuses a checkpoint's tensors, and how a stock model is built on the meta device with its
 routed experts taken out. Knows no formats, stores, slots or streams. Tested on transformers 5.17 and on the newest:
 `LoadStateDictConfig`, `_load_pretrained_model`, `_finalize_model_loading`, `get_model_conversion_mapping`,
-`rename_source_key` and `WeightConverter.convert` are private there and may move.
+`rename_source_key`, `WeightConverter.convert`, `all_tied_weights_keys` and `_keys_to_ignore_on_load_missing` are private
+there and may move.
 """
 
 from __future__ import annotations
 
 import copy
 import hashlib
+import itertools
 import json
 import math
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +26,7 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import PreTrainedConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
@@ -38,6 +42,7 @@ _FLOATS = {"BF16": torch.bfloat16, "F32": torch.float32, "F16": torch.float16}
 _NAMES = {dtype: name for name, dtype in _FLOATS.items()}
 _SAMPLED_TENSORS = 4096
 _WHOLE_FILE = 64 << 20
+_MAX_MODULES = 1 << 16  # that a model is built of; the largest published ones have some thousands
 
 
 def _first_line(error: BaseException) -> str:
@@ -82,12 +87,28 @@ def build_meta(config: Any, dtype: torch.dtype) -> Any:
             "use a text-generation checkpoint",
         )
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _at_most(_MAX_MODULES):
             model = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
     except Exception as error:  # a family's code over a config that it does not expect: anything can come
         what = f"transformers {transformers.__version__} cannot build {config.model_type!r} ({_first_line(error)})"
         raise Refusal("E_CONFIG", what, "check config.json, or use a newer transformers") from error
     return model.eval()
+
+
+@contextmanager
+def _at_most(n: int) -> Iterator[None]:
+    """Building may register `n` modules: a config can ask for any number, by names that only its family knows."""
+    count = itertools.count(1)
+
+    def hook(module: nn.Module, name: str, child: nn.Module | None) -> None:
+        if next(count) > n:
+            raise ValueError(f"more than {n:,} modules")
+
+    handle = register_module_module_registration_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @dataclass(frozen=True)
@@ -253,6 +274,7 @@ class Checkpoint:
         self._trunk: list[str] = []
         self._plain_trunk: dict[str, str] = {}  # checkpoint's name -> model's, where nothing but the name changes
         self.ignored: list[str] = []
+        given: dict[str, str | None] = {}  # names in the model's trunk that are there -> the converter's pattern
         for key in sorted(self._tensors, key=dot_natural_key):
             name, pattern = rename_source_key(key, renamings, converters, self.model.base_model_prefix, known)
             if name not in known and key in known:
@@ -261,6 +283,8 @@ class Checkpoint:
                 self._experts.setdefault(name, {}).setdefault(pattern, []).append(key)
             else:
                 (self._trunk if name in known else self.ignored).append(key)
+                if name in known:
+                    given[name] = pattern
                 if name in known and pattern is None:
                     self._plain_trunk[key] = name
         for target, spec in targets.items():
@@ -272,7 +296,25 @@ class Checkpoint:
                         "fetch the checkpoint again",
                         5,
                     )
+        self._check_names(set(known) - set(targets), given)
         self._check_shapes(known)
+
+    def _check_names(self, wanted: set[str], given: dict[str, str | None]) -> None:
+        """Refuse a trunk that lacks what loading would miss. Of what several tensors make together, one is enough here."""
+        there = set(given)
+        for name, pattern in given.items():
+            targets = self._converter[pattern].target_patterns if pattern else []
+            if len(targets) > 1 and targets[0] not in name:
+                return  # one becomes several by a pattern that is not understood here: loading will tell
+            there |= {name.replace(targets[0], target, 1) for target in targets[1:]}
+        tied: dict[str, set[str]] = {}
+        for target, source in self.model.all_tied_weights_keys.items():
+            tied.setdefault(source, {source}).add(target)
+        there |= {name for names in tied.values() if names & there for name in names}
+        optional = [re.compile(pattern) for pattern in self.model._keys_to_ignore_on_load_missing or ()]
+        missing = {name for name in wanted - there if not any(pattern.search(name) for pattern in optional)}
+        if missing:
+            raise _lacking(missing)
 
     def _check_shapes(self, known: dict[str, Any]) -> None:
         """Every tensor has the shape that the config says; from headers alone, but for one expert per kind of layer."""
@@ -308,6 +350,13 @@ class Checkpoint:
             )
 
 
+def _lacking(names: set[str]) -> Refusal:
+    first = min(names, key=dot_natural_key)
+    return Refusal(
+        "E_CORRUPT", f"{len(names)} trunk tensors are missing, {first} first", "fetch the checkpoint again", 5
+    )
+
+
 def _integers(key: str, dtype: str) -> Refusal:
     return Refusal("E_QUANTISED", f"{key} is stored as {dtype}", "use the bf16 original of this model")
 
@@ -333,13 +382,7 @@ def load_trunk(model: Any, file: Path, dtype: torch.dtype) -> None:
             "E_CORRUPT", f"{file} does not fit its config", "fetch a checkpoint that matches its config", 5
         ) from error
     if info.missing_keys:
-        missing = sorted(info.missing_keys)
-        raise Refusal(
-            "E_CORRUPT",
-            f"{len(missing)} trunk tensors are missing, {missing[0]} first",
-            "fetch the checkpoint again",
-            5,
-        )
+        raise _lacking(info.missing_keys)
     if info.mismatched_keys or info.error_msgs:
         raise Refusal(
             "E_CORRUPT",

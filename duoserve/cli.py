@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from duoserve.engine import Engine
     from duoserve.shelf import Shelved
 
+INTERRUPTED = 130  # exit status
+
 app = typer.Typer(
     name="duoserve",
     help="Run Mixture-of-Experts models whose experts do not fit in memory.",
@@ -298,9 +300,23 @@ def _engine(model: str | None, options: dict[str, Any]) -> Iterator[Engine]:
         engine.close()
 
 
+class _Interrupted(Exception):
+    """Ctrl-C where it matters to know what of the work is lost."""
+
+
 @contextmanager
 def _progress() -> Iterator[Progress]:
-    """Progress of fetching and converting on stderr: a bar with ETA in a terminal, else a line every 5 s."""
+    """Progress of fetching and converting, both of which go on where they were interrupted."""
+    try:
+        with _shown_progress() as progress:
+            yield progress
+    except KeyboardInterrupt as interrupt:
+        raise _Interrupted("the same command goes on where it stopped") from interrupt
+
+
+@contextmanager
+def _shown_progress() -> Iterator[Progress]:
+    """Progress on stderr: a bar with ETA in a terminal, else a line every 5 s."""
     if sys.stderr.isatty():
         from rich.console import Console
         from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
@@ -321,7 +337,7 @@ def _progress() -> Iterator[Progress]:
     def line(done: int, total: int, what: str) -> None:
         nonlocal said
         now = time.monotonic()
-        if not done:  # waiting for another process, which nobody else will say
+        if not total:  # nothing to count: waiting for another process, which nobody else will say
             print(what, file=sys.stderr, flush=True)
         elif now - said >= 5:
             said = now
@@ -344,13 +360,16 @@ def main() -> None:
 
 def _guarded() -> int:
     try:
-        return int(app(standalone_mode=False) or 0)
+        status = int(app(standalone_mode=False) or 0)
+        return status if status != INTERRUPTED else _say("interrupted", INTERRUPTED)  # typer makes a status of Ctrl-C
     except Refusal as refusal:
         return _say(str(refusal), refusal.status)
     except typer.Exit as done:
         return int(done.exit_code)
+    except _Interrupted as why:
+        return _say(f"interrupted; {why}", INTERRUPTED)
     except (KeyboardInterrupt, typer.Abort):
-        return _say("interrupted", 130)
+        return _say("interrupted", INTERRUPTED)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

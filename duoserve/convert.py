@@ -21,7 +21,7 @@ from duoserve.config import FORMATS
 from duoserve.core import Refusal, nearest
 from duoserve.durable import LOCK, exclusive, replacing, sync_folder
 from duoserve.folder import SIDE_FILES, weight_files
-from duoserve.headers import read_json, shown
+from duoserve.headers import read_json
 from duoserve.hub import check
 from duoserve.hub import source as source_of
 from duoserve.int4 import int4_order
@@ -52,7 +52,7 @@ from duoserve.version import __version__
 
 _EXPERT_BYTES = 32  # that an expert takes in the manifest and in the note of what is done, at most
 _IDENTITY = ("fingerprint", "format", "plain")  # which model, made into what
-Progress = Callable[[int, int, str], None]  # bytes of slabs done, bytes in all, what is being done
+Progress = Callable[[int, int, str], None]  # bytes of slabs done, bytes in all (0: not counted), what is being done
 
 
 @dataclass(frozen=True)
@@ -93,9 +93,17 @@ class Conversion:
     def name(self) -> str:
         """A folder name that no other model or format has."""
         wide = "" if self.plain == "bfloat16" else f"-{self.plain}"
-        came_from = source_of(self.checkpoint.folder)
-        folder = came_from["repo"].replace("/", "--") if came_from else self.checkpoint.folder.resolve().name
+        folder = self.source["repo"].replace("/", "--") if self.source else self.checkpoint.folder.resolve().name
         return f"{folder}-{self.checkpoint.fingerprint[:12]}-{self.format}{wide}"
+
+    @property
+    def source(self) -> dict[str, str] | None:
+        """Repository and commit on the hub, if it came from there."""
+        return source_of(self.checkpoint.folder)
+
+    def check(self, progress: Progress | None = None) -> None:
+        """Refuse weights that are not what the hub published; reads all of them."""
+        check(self.checkpoint.folder, weight_files(self.checkpoint.folder), progress)
 
     def job(self) -> dict[str, Any]:
         """What tells this store from every other; int4 stores of other CPUs are as good, but not to be continued here."""
@@ -120,11 +128,11 @@ def convert(
     if is_store(out):
         tell = _teller(conversion, progress)
         with exclusive(out, tell):
-            tell("reading the store that is there")
-            store = _whole(out, conversion.job())
-            if store and any(problem.file in store.names for problem in store.verify()):
-                _reopen(out, conversion.job())
+            store = _whole(out, conversion)
             if store:
+                tell("reading the store that is there")
+                if any(problem.file in store.names for problem in store.verify()):
+                    _reopen(out, conversion)
                 store.close()
     write_store(conversion, out, progress).close()
     return out
@@ -133,23 +141,23 @@ def convert(
 def write_store(conversion: Conversion, out: Path, progress: Progress | None = None) -> Store:
     """Carry a conversion out and open what it made; see `convert`. A whole store is opened as it is, but for the trunk's
     check nothing large is read; where another process makes the same store, wait for it and take it."""
-    if not (out / JOB).exists() and (store := _whole(out, conversion.job())):
+    if not (out / JOB).exists() and (store := _whole(out, conversion)):
         return store
     is_new = not out.exists()
     with exclusive(out, _teller(conversion, progress)):
         if is_new:
             sync_folder(out.parent)
-        store = _whole(out, conversion.job())
+        store = _whole(out, conversion)
         if store is None:
-            folder = conversion.checkpoint.folder  # before wrong bytes become a job that right ones would not match
-            check(folder, weight_files(folder), progress)
+            _refuse_early(out, conversion)
+            conversion.check(progress)  # before wrong bytes become a job that right ones would not match
             _write(conversion, out, _prepare(out, conversion), progress)
         (out / JOB).unlink(missing_ok=True)
         return store or Store(out)
 
 
 def _teller(conversion: Conversion, progress: Progress | None) -> Callable[[str], None]:
-    return lambda what: progress(0, conversion.slab_bytes, what) if progress else None
+    return lambda what: progress(0, 0, what) if progress else None
 
 
 def _opened(source: Path) -> Checkpoint:
@@ -186,7 +194,7 @@ def _write(conversion: Conversion, out: Path, done: _Done, progress: Progress | 
         "made_by": f"duoserve {__version__}",
         "dtype": str(checkpoint.dtype).removeprefix("torch."),
         "bf16_bytes": conversion.size.bf16_bytes,
-        "source": source_of(checkpoint.folder),
+        "source": conversion.source,
         "ignored": checkpoint.ignored,
         "layouts": [layout.to_json() for layout in unique],
         "layers": [asdict(layer) for layer in layers],
@@ -286,37 +294,40 @@ def _store_bytes(conversion: Conversion) -> int:
 _Done = dict[str, LayerFile]  # finished layers by their files' names
 
 
-def _whole(out: Path, job: dict[str, Any]) -> Store | None:
+def _whole(out: Path, conversion: Conversion) -> Store | None:
     """The store in `out`, open, its trunk read; None where there is none or a damaged one. Refuses another model's."""
     if not is_store(out):
         return None
     try:
         store = Store(out)
     except Refusal as refusal:
-        _refuse_others(out, _claimed(out / MANIFEST), job)
+        _refuse_others(out, _claimed(out / MANIFEST), conversion)
         if refusal.code == "E_STRAY":  # not ours to remove, and making the store again would not cure it
             raise
         return None
     try:
-        store.checked_trunk()
-        _refuse_others(out, read_manifest(out), job)
-        return store
-    except Refusal as refusal:
+        _refuse_others(out, read_manifest(out), conversion)
+    except BaseException:
         store.close()
-        if refusal.code == "E_EXISTS":
-            raise
+        raise
+    try:
+        store.checked_trunk()
+        return store
+    except Refusal:
+        store.close()
         return None
 
 
-def _refuse_others(out: Path, have: dict[str, Any], job: dict[str, Any]) -> None:
+def _refuse_others(out: Path, have: dict[str, Any], conversion: Conversion) -> None:
     """What is made of another model, or into another format, is never written over, whole or not."""
-    if any(name in have and have[name] != job[name] for name in _IDENTITY):
-        raise Refusal(
-            "E_EXISTS",
-            f"{out} holds another store ({shown(have.get('format'))} of {shown(have.get('fingerprint'))[:9]}', wanted "
-            f"{job['format']} of {job['fingerprint'][:8]})",
-            "give an empty folder",
-        )
+    job = conversion.job()
+    others = [name for name in _IDENTITY if name in have and have[name] != job[name]]
+    if "fingerprint" in others and conversion.source and have.get("source") == conversion.source:
+        conversion.check()  # one commit has one fingerprint: some bytes went wrong since
+    if others:
+        theirs = f"{str(have.get('format'))[:8]} of {str(have.get('fingerprint'))[:8]}"
+        what = f"{out} holds another store ({theirs}, wanted {job['format']} of {job['fingerprint'][:8]})"
+        raise Refusal("E_EXISTS", what, "give an empty folder")
 
 
 def _claimed(path: Path) -> dict[str, Any]:
@@ -328,26 +339,25 @@ def _claimed(path: Path) -> dict[str, Any]:
     return data if isinstance(data, dict) else {}
 
 
-def _reopen(out: Path, job: dict[str, Any]) -> None:
+def _reopen(out: Path, conversion: Conversion) -> None:
     """Make a store that is damaged a conversion under way, whose layers are kept as far as they are as written."""
     try:
         have = read_manifest(out)
     except Refusal:
         have = {}
-    layers = have["layers"] if all(have.get(name) == value for name, value in job.items()) else []
-    _write_note(out, job, layers)
+    layers = have["layers"] if all(have.get(name) == value for name, value in conversion.job().items()) else []
+    _write_note(out, conversion, layers)
     (out / MANIFEST).unlink()
     sync_folder(out)
 
 
 def _note(conversion: Conversion, out: Path, done: _Done) -> None:
-    _write_note(
-        out, conversion.job(), [asdict(layer) for layer in done.values()], conversion.checkpoint.config.model_type
-    )
+    _write_note(out, conversion, [asdict(layer) for layer in done.values()])
 
 
-def _write_note(out: Path, job: dict[str, Any], layers: list[Any], model_type: str | None = None) -> None:
-    about = {"kind": KIND, "version": VERSION, "job": job, "model_type": model_type, "layers": layers}
+def _write_note(out: Path, conversion: Conversion, layers: list[Any]) -> None:
+    about = {"kind": KIND, "version": VERSION, "job": conversion.job(), "layers": layers}
+    about |= {"model_type": conversion.checkpoint.config.model_type, "source": conversion.source}
     with replacing(out / JOB) as stream:
         stream.write(json.dumps(about).encode())
 
@@ -357,8 +367,9 @@ def _started(out: Path, conversion: Conversion) -> _Done | None:
     if not (out / JOB).is_file():
         return None
     data = read_json(out / JOB, f"remove {out} and convert again", MAX_MANIFEST)
-    job = data.get("job", data) if isinstance(data, dict) else {}
-    _refuse_others(out, job if isinstance(job, dict) else {}, conversion.job())
+    data = data if isinstance(data, dict) else {}
+    job = data.get("job", data)
+    _refuse_others(out, (job if isinstance(job, dict) else {}) | {"source": data.get("source")}, conversion)
     if job != conversion.job() or data.get("version") != VERSION or not isinstance(data.get("layers"), list):
         return {}  # the same model, from the beginning
     try:
@@ -369,17 +380,12 @@ def _started(out: Path, conversion: Conversion) -> _Done | None:
     return {layer["file"]: LayerFile.from_json(layer) for layer in data["layers"]}
 
 
-def _prepare(out: Path, conversion: Conversion) -> _Done:
-    """Make `out` ready to be written, with room for what is missing; returns the layers that were finished before."""
-    if is_store(out):  # and damaged
-        _reopen(out, conversion.job())
-    for stray in out.glob(".*.tmp"):
-        stray.unlink()
-    done = _started(out, conversion)
-    if done is None and any(file.name != LOCK for file in out.iterdir()):
+def _refuse_early(out: Path, conversion: Conversion) -> None:
+    """Refuse a folder that holds something else, and a disk without room; changes nothing and reads no weights."""
+    files = [file for file in out.iterdir() if file.name != LOCK]
+    if not is_store(out) and _started(out, conversion) is None and not all(map(_is_temporary, files)):
         raise Refusal("E_EXISTS", f"{out} is not empty and holds no part of this store", "give an empty folder")
-    done = _kept(out, conversion, done or {})
-    have = sum((out / name).stat().st_size for name in done)
+    have = sum(file.stat().st_size for file in files if _is_part(file) or _is_temporary(file))  # kept, or making room
     need, free = _store_bytes(conversion), shutil.disk_usage(out).free
     if free < need - have:
         raise Refusal(
@@ -388,8 +394,27 @@ def _prepare(out: Path, conversion: Conversion) -> _Done:
             "free some, or give a folder on another disk",
             6,
         )
+
+
+def _prepare(out: Path, conversion: Conversion) -> _Done:
+    """Make `out` ready to be written; returns the layers that were finished before."""
+    if is_store(out):  # and damaged
+        _reopen(out, conversion)
+    for file in out.iterdir():
+        if _is_temporary(file):
+            file.unlink()
+    done = _kept(out, conversion, _started(out, conversion) or {})
     _note(conversion, out, done)
     return done
+
+
+def _is_temporary(file: Path) -> bool:
+    return file.match(".*.tmp")
+
+
+def _is_part(file: Path) -> bool:
+    """Whether a file that lies in the folder of a store under way is one of its files, and ours to remove."""
+    return file.match("experts-*.safetensors") or file.name == TRUNK or bool(SIDE_FILES.fullmatch(file.name))
 
 
 def _kept(out: Path, conversion: Conversion, done: _Done) -> _Done:
@@ -402,6 +427,6 @@ def _kept(out: Path, conversion: Conversion, done: _Done) -> _Done:
     for file in out.iterdir():
         if file.name in done and sizes.get(file.name) == file.stat().st_size:
             kept[file.name] = done[file.name]
-        elif file.match("experts-*.safetensors") or file.name == TRUNK or SIDE_FILES.fullmatch(file.name):
+        elif _is_part(file):
             file.unlink()
     return kept

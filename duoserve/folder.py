@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from duoserve.core import Refusal
-from duoserve.headers import read_json
+from duoserve.headers import read_json, shown
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 MAX_WEIGHTS = 1 << 18  # tensors that an index names; the largest published models have some 100,000
+MAX_LAYERS, MAX_EXPERTS = 1024, 1 << 16  # that a config may ask for; published models have some 100, and some 1,000
+_LAYERS = re.compile(r"(\w*(?<!_per)_)?(layers?|blocks|depth)")
+_EXPERTS = re.compile(r"\w*experts")
 SIDE_FILES = re.compile(
     r"(config|generation_config|tokenizer.*|special_tokens_map|added_tokens|vocab|merges|chat_template.*)"
     r"\.(json|jinja|txt|model)|chat_template\.jinja|tokenizer\.model|.*\.tiktoken"
@@ -39,7 +43,27 @@ def read_raw(folder: Path) -> dict[str, Any]:
             f"{folder} wants to run its own code (auto_map)",
             "use a checkpoint that transformers knows",
         )
+    _refuse_counts(raw, path)
     return raw
+
+
+def _refuse_counts(raw: dict[str, Any], where: Path) -> None:
+    """Numbers of layers and experts become loops and lists as soon as a config is read; all other numbers are only sizes."""
+    for name, value in _fields(raw):
+        most = MAX_LAYERS if _LAYERS.fullmatch(name) else MAX_EXPERTS if _EXPERTS.fullmatch(name) else None
+        if most and type(value) is int and value > most:
+            what = f"{where} asks for {name} {shown(value)}, at most {most:,} are built"
+            raise Refusal("E_CONFIG", what, "fetch the checkpoint again", 5)
+
+
+def _fields(value: Any) -> Iterator[tuple[str, Any]]:
+    """Names and values at any depth."""
+    todo = [value]
+    while todo:
+        part = todo.pop()
+        if isinstance(part, dict):
+            yield from part.items()
+        todo += part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
 
 
 def side_files(folder: Path) -> list[Path]:

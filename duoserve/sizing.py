@@ -50,13 +50,14 @@ def kv_bytes(model: Any, tokens: int) -> int:
     except Refusal:
         raise
     except Exception:
-        return _kv_bound(text.to_dict(), tokens, model.dtype)
+        return _kv_bound(text, tokens, model.dtype)
 
 
-def _kv_bound(text: dict[str, Any], tokens: int, dtype: torch.dtype) -> int:
-    head = max((side for name, side in text.items() if name.endswith("head_dim") and isinstance(side, int)), default=0)
-    width = max(int(text["hidden_size"]), int(text["num_attention_heads"]) * head)
-    return 2 * int(text["num_hidden_layers"]) * width * tokens * dtype.itemsize
+def _kv_bound(text: Any, tokens: int, dtype: torch.dtype) -> int:
+    sides = text.to_dict().items()
+    head = max((side for name, side in sides if name.endswith("head_dim") and isinstance(side, int)), default=0)
+    width = max(int(text.hidden_size), int(text.num_attention_heads) * head)
+    return 2 * int(text.num_hidden_layers) * width * tokens * dtype.itemsize
 
 
 def kv_period(config: Any) -> int:

@@ -85,9 +85,9 @@ class Child:
     def __init__(self, server: Forks, pid: int, log: Path):
         self.server, self.pid, self.log = server, pid, log
 
-    def kill(self) -> None:
+    def kill(self, signal: int = 9) -> None:
         with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, 9)
+            os.kill(self.pid, signal)
 
     def wait(self) -> int:
         """Its exit status; -9 where it was killed."""

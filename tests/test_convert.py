@@ -175,6 +175,35 @@ def test_a_missing_expert_is_named(toy: Any, tmp_path: Path) -> None:
         Checkpoint(folder)
 
 
+def trunk_without(folder: Path, to: Path, name: str) -> Path:
+    """A copy of a checkpoint in one file, one tensor left out."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(folder, to, ignore=shutil.ignore_patterns("model*"))
+    tensors = {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
+    del tensors[name]
+    save_file(tensors, to / "model.safetensors", {"format": "pt"})
+    return to
+
+
+@pytest.mark.parametrize(
+    "name", ["lm_head.weight", "model.norm.weight", "model.layers.1.mlp.gate.e_score_correction_bias"]
+)
+def test_a_trunk_that_lacks_a_tensor_is_refused_before_anything_is_written(toy: Any, tmp_path: Path, name: str) -> None:
+    """An output matrix, a norm, and a buffer."""
+    with pytest.raises(Refusal, match=rf"E_CORRUPT: 1 trunk tensors are missing, {name} first; fetch"):
+        convert(trunk_without(toy("deepseek_v3"), tmp_path / "m", name), tmp_path / "s")
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_trunk_may_leave_out_what_is_tied(toy: Any, tmp_path: Path) -> None:
+    tied = toy("mixtral", tie_word_embeddings=True)
+    assert "lm_head.weight" not in Checkpoint(tied)._tensors
+    convert(tied, tmp_path / "s")
+    with pytest.raises(Refusal, match=r"E_CORRUPT: 2 trunk tensors are missing, lm_head.weight first"):
+        Checkpoint(trunk_without(tied, tmp_path / "m", "model.embed_tokens.weight"))
+
+
 def test_the_fingerprint_follows_the_weights(toy: Any, tmp_path: Path) -> None:
     import toys
 

@@ -10,6 +10,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -129,6 +130,19 @@ def test_killed_at_random_times_conversions_go_on(
             check_half_made(out)
         check_rerun(out, whole, lambda out=out: forks.run("convert", model, "-o", out))
     assert killed > times // 3, f"{killed} kills came before the end (seed {SEED})"
+
+
+def test_ctrl_c_says_in_one_line_that_the_same_command_goes_on(
+    forks: Forks, model: Path, whole: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "s"
+    child = forks.start("convert", model, "-o", out, slow=0.005)
+    until(lambda: layers(out), child)
+    child.kill(signal.SIGINT)
+    assert child.wait() == 130 and not is_store(out)
+    line, counted = child.said.splitlines()  # the second is the server's
+    assert line == "error: interrupted; the same command goes on where it stopped" and counted.startswith("moments ")
+    check_rerun(out, whole, lambda: forks.run("convert", model, "-o", out))
 
 
 @often(6, 10_000)
@@ -282,6 +296,17 @@ def test_two_processes_make_one_store_whoever_dies(
         if victim is None or both[1 - victim].said:
             assert content(out) == content(whole), (i, victim)
     assert waited, f"the two never met (seed {SEED})"
+
+
+def test_a_damaged_store_of_another_model_is_not_written_over(toy: Any, store: Path) -> None:
+    """Its manifest still says whose it is."""
+    trunk = bytearray((store / "trunk.safetensors").read_bytes())
+    trunk[-1] ^= 1
+    (store / "trunk.safetensors").write_bytes(trunk)
+    before = content(store)
+    with pytest.raises(Refusal, match=r"E_EXISTS: .* holds another store \(int4 of \w{8}, wanted int4 of \w{8}\)"):
+        convert(toy("mixtral"), store)
+    assert content(store) == before
 
 
 def test_loading_while_another_process_converts_waits_and_takes_its_store(

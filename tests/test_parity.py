@@ -96,15 +96,17 @@ def test_tokens_do_not_depend_on_the_budget(toy: Any, load: Any, format: str) ->
 def test_three_tiers_give_the_same_logits_as_two(toy: Any, cache: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Disk, host memory and slots, as on a GPU; the host tier holds fewer slabs than there are experts."""
     import duoserve
-    from duoserve import device, engine, model
+    from duoserve import device, engine, model, plan
 
-    logits = []
+    logits, slab_bytes = [], 8192
     for tiers in (2, 3):
         monkeypatch.setattr(engine, "open_device", lambda name, tiers=tiers: device.ThreadDevice(host_tier=tiers == 3))
-        monkeypatch.setattr(model, "available_ram", lambda: model.RAM_MARGIN + 9 * 65536)
+        monkeypatch.setattr(model, "available_ram", lambda: plan.CPU_MARGIN[0] + 9 * slab_bytes)
         with duoserve.load(toy("qwen3_moe"), budget="min", cache_dir=str(cache)) as opened, torch.no_grad():
             logits += [opened.model(toys.ids(seed=seed)).logits for seed in range(3)]
-            assert (opened.runtime.transfer.host is not None) == (tiers == 3)
+            host = opened.runtime.transfer.host
+            assert (host is not None) == (tiers == 3) and opened.store.slab_bytes == slab_bytes
+            assert host is None or len(host.cache.slots) == 9 < opened.store.n_experts
     assert all(torch.equal(a, b) for a, b in zip(logits[:3], logits[3:], strict=True))
 
 

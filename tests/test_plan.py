@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 import toys
+import transformers
 
 from duoserve.config import EngineConfig, parse_count, parse_size
 from duoserve.convert import convert
 from duoserve.core import Refusal
 from duoserve.engine import DEMO
 from duoserve.outlook import look
+from duoserve.plan import Sizes
 
 
 @pytest.mark.parametrize(
@@ -82,6 +84,14 @@ def test_a_share_is_of_the_bf16_checkpoint(toy: Any, load: Any) -> None:
 
 
 @pytest.mark.parametrize("family", toys.PROMISED)
+def test_a_cache_that_no_pass_can_measure_is_bounded() -> None:
+    """More choices than experts: the model does not run on meta. This family has no number of layers in its dictionary."""
+    config = transformers.AutoConfig.for_model("nemotron_h", **toys.OTHERS["nemotron_h"])
+    measured = Sizes(config, torch.float32).kv_bytes(64)
+    config.num_experts_per_tok = 100
+    assert Sizes(config, torch.float32).kv_bytes(64) >= measured > 0
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_planned_is_used(toy: Any, load: Any, family: str, dtype: str) -> None:
     """Trunk and slots to the byte; keys and values to the byte once the context is full."""
