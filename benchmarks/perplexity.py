@@ -42,9 +42,9 @@ def perplexity(model: Any, rows: torch.Tensor) -> float:
 def measure(tokens: int, text: Path = TEXT) -> dict[str, float]:
     rows = windows(tokens, text)
     found = {"stock bf16": perplexity(AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.bfloat16).eval(), rows)}
-    for format in ("bf16", "int4", "nf4"):
-        with duoserve.load(format=format, budget="half") as engine:
-            found[format] = perplexity(engine.model, rows)
+    for format, trunk in (("bf16", "bf16"), ("int4", "bf16"), ("int4", "int4"), ("nf4", "bf16"), ("nf4", "nf4")):
+        with duoserve.load(format=format, trunk=trunk, budget="half") as engine:
+            found[format if trunk == "bf16" else f"{format}, trunk {trunk}"] = perplexity(engine.model, rows)
     return found
 
 
@@ -55,7 +55,7 @@ def main() -> None:
     options = parser.parse_args()
     found = measure(options.tokens, options.text)
     for name, value in found.items():
-        print(f"{name:12s} {value:8.4f}  {value / found['bf16'] - 1:+.2%}")
+        print(f"{name:18s} {value:8.4f}  {value / found['bf16'] - 1:+.2%}")
     print(json.dumps({"benchmark": "perplexity", "tokens": options.tokens, "perplexity": found}))
 
 

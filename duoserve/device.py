@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import gc
 import mmap
 import os
 import threading
@@ -436,11 +435,13 @@ def _text(path: str) -> str:
 
 
 def give_back() -> None:
-    """Return to the system what was freed: loading leaves tens of MiB in the allocator's lists, which small caps need."""
-    gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; others return memory by themselves
-    if trim is not None:
-        trim(0)
+    """Return to the system what was freed: a prompt's activations, or what loading took, stay in the allocator's lists
+    otherwise, some 40 MiB of them, which small caps need."""
+    if _TRIM is not None:
+        _TRIM(0)
+
+
+_TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; others return memory by themselves
 
 
 def memory_cap() -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import threading
 import time
@@ -81,6 +82,7 @@ def load(model: str | os.PathLike[str] | None = None, *, progress: Progress | No
         opened = _opened(folder, config, device, progress, "half" if model is None else None)
         unless_loaded.callback(opened.store.close)
         engine = Engine(*opened, device)
+        gc.collect()  # the meta models that planning made
         give_back()
         unless_loaded.pop_all()
         return engine

@@ -13,7 +13,7 @@ from duoserve import attention
 from duoserve.cache import ExpertCache
 from duoserve.checkpoint import build_meta, find_experts, load_trunk, replace_module
 from duoserve.core import Phase, Refusal, Step
-from duoserve.device import Device, available_ram
+from duoserve.device import Device, available_ram, give_back
 from duoserve.int4 import Scratch
 from duoserve.moe import OffloadedExperts, Runtime
 from duoserve.plan import Plan, host_slabs, size
@@ -22,6 +22,7 @@ from duoserve.store import Store
 from duoserve.transfer import HostTier, Transfer
 from duoserve.trunk import quantise_linears, settle
 
+LONG = 128  # rows of a pass whose activations are worth handing back: that takes about a millisecond
 DRAFT = 16  # tokens per pass up to which a pass behind a prompt is decode: one token, or drafted ones to verify
 
 
@@ -100,7 +101,8 @@ class PassWatch:
         cache = getattr(output, "past_key_values", None)
         if cache is not None:
             self.kv_peak_bytes = max(self.kv_peak_bytes, cache_bytes(cache))
-        self._runtime.finish()
+        if self._runtime.finish() >= LONG:
+            give_back()
 
     def _check_room(self, batch: int, length: int) -> None:
         if not self._plan.holds(batch, length):

@@ -63,11 +63,14 @@ class Runtime:
         self._step = step
         self.steps += 1
 
-    def finish(self) -> None:
+    def finish(self) -> int:
+        """Hand the finished Step to whoever observes; returns its rows."""
         step, self._step = self._step, None
-        if step is not None:
-            for observer in self.observers:
-                observer(step)
+        if step is None:
+            return 0
+        for observer in self.observers:
+            observer(step)
+        return step.rows
 
     def run(
         self,
