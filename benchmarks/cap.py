@@ -12,10 +12,10 @@ from pathlib import Path
 
 
 @contextlib.contextmanager
-def memory_group(n_bytes: int) -> Iterator[Path]:
+def memory_group(n_bytes: int, name: str) -> Iterator[Path]:
     """A new group whose processes share `n_bytes` of memory, page cache included; write a pid to its `cgroup.procs`."""
     with _root() as (root, limit):
-        group = root / f"duoserve-{os.getpid()}"
+        group = root / f"duoserve-{os.getpid()}-{name}"
         group.mkdir()
         try:
             (group / limit).write_text(str(n_bytes))

@@ -1,12 +1,12 @@
 """Decode and prefill on a random-weight Mixtral of 1.5 B parameters, beside stock transformers and a plain disk reader.
 
-    python -m benchmarks.speed FOLDER [--rows stock,bf16:all,int4:all,int4:half@900MB,int4:0.2@700MB] [--rounds 3]
+    python -m benchmarks.speed FOLDER [--rows stock,bf16:all,int4:all,int4:half@900MB,int4:0.2@700MB] [--rounds 9]
 
 FOLDER takes the model (3 GB, made at first use) and its stores. A row is FORMAT:RESIDENCY[@CAP], or a peer; each is a
 process of its own, with CAP in a memory control group of that size (needs root). Pages cached of files are dropped before
-each. A random router repeats itself and fakes hits, so ours gets uniform random routes (hits then equal residency); the
-peers keep their routes, and their page cache, which ours does not use. Every round runs every row, so that a slow minute
-slows all of them; printed are medians over rounds, of figures and of each round's ratios:
+each starts. All stay loaded and take short turns, so that a slow minute slows all of them. A random router repeats itself
+and fakes hits, so ours gets uniform random routes (hits then equal residency); the peers keep their routes, and their page
+cache, which ours does not use. Printed are medians over rounds, of figures and of each round's ratios:
 
     x stock    against the stock row of the round           plain      GB/s that two threads get reading such slabs, no more
     decode /   step / (resident step + plain read of what it missed)                 at most 1.15
@@ -35,7 +35,7 @@ SHAPE = {
     "max_position_embeddings": 4096, "eos_token_id": None, "pad_token_id": None,
 }  # fmt: skip
 PROMPTS = (64, 512)
-STEPS, PASSES = 32, 3  # decode steps behind each prompt; prefills of each length
+STEPS = 24  # of decode behind each prompt
 PLAIN_READS = 96  # slabs
 ROWS = "stock,bf16:all,int4:all,int4:half@900MB,int4:0.2@700MB"
 ROOM = 1024  # tokens of keys and values
@@ -69,35 +69,33 @@ def uniform_routes(engine: Any) -> None:
             module.register_forward_pre_hook(redraw)
 
 
-def measure(row: str, folder: Path) -> dict[str, Any]:
-    """One row in this process: per prompt length the medians of its passes and steps, and what they read."""
+def serve(row: str, folder: Path) -> None:
+    """One row in this process: measures a prompt length whenever a line on stdin names one; a line of JSON each."""
     import torch
 
     model, engine = _open(row, folder)
-    found: dict[str, Any] = {"row": row}
     with torch.inference_mode():
-        model(input_ids=torch.zeros(1, 8, dtype=torch.long))
-        for prompt in PROMPTS:
-            found[f"prompt_{prompt}"] = _prompt(model, engine, prompt)
-    if engine:
-        stats = engine.stats()
-        found |= {name: stats[name] for name in ("residency", "budget_bytes", "used_bytes")}
-        found["plain_gbps"] = _plain_rate(engine) / 1e9
-    return found | {"rss_peak_bytes": _peak_rss()}
+        for prompt in PROMPTS:  # first touches, first checksums
+            _prompt(model, engine, prompt)
+        print("ready", flush=True)
+        for line in sys.stdin:
+            found = _prompt(model, engine, int(line))
+            if engine:
+                stats = engine.stats()
+                found |= {name: stats[name] for name in ("residency", "budget_bytes", "used_bytes")}
+                found["plain_gbps"] = _plain_rate(engine) / 1e9
+            print(json.dumps(found | {"rss_peak_bytes": _peak_rss()}), flush=True)
 
 
 def _prompt(model: Any, engine: Any, prompt: int) -> dict[str, Any]:
     import torch
 
-    prefills, steps, reads = [], [], []
-    for _ in range(1 + PASSES):
-        ids = torch.randint(0, SHAPE["vocab_size"], (1, prompt))
-        before = _read_bytes(engine)
-        began = time.perf_counter()
-        out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
-        prefills.append(time.perf_counter() - began)
-        reads.append(_read_bytes(engine) - before)
-    before, counts = _read_bytes(engine), _counts(engine)
+    ids = torch.randint(0, SHAPE["vocab_size"], (1, prompt))
+    before = _read_bytes(engine)
+    began = time.perf_counter()
+    out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
+    ttft_s = time.perf_counter() - began
+    read, counts, steps = _read_bytes(engine), _counts(engine), []
     for _ in range(STEPS):
         ids = out.logits[:, -1:].argmax(-1)
         began = time.perf_counter()
@@ -105,12 +103,11 @@ def _prompt(model: Any, engine: Any, prompt: int) -> dict[str, Any]:
         steps.append(time.perf_counter() - began)
     hits, asked = (now - then for now, then in zip(_counts(engine), counts, strict=True))
     return {
-        "ttft_s": statistics.median(prefills[1:]),
-        "first_s": prefills[0],
-        "ttft_bytes": statistics.median(reads[1:]),
+        "ttft_s": ttft_s,
+        "ttft_bytes": read - before,
         "step_s": _middle(steps),
         "avg_ts": 1 / _middle(steps),
-        "step_bytes": (_read_bytes(engine) - before) / STEPS,
+        "step_bytes": (_read_bytes(engine) - read) / STEPS,
         "hit_rate": hits / asked if asked else None,
         "misses": (asked - hits) / STEPS,
     }
@@ -196,36 +193,59 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--rows", default=ROWS)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--row", help=argparse.SUPPRESS)
     options = parser.parse_args()
     folder = make_model(options.folder)
     if options.row:
-        print(json.dumps(measure(options.row, folder)))
+        serve(options.row, folder)
         return
     names = options.rows.split(",")
     for format in {row.partition(":")[0] for row in names if ":" in row}:
         if not any((folder / "cache" / "stores").glob(f"*-{format}")):  # it needs more memory than caps give
-            _process(f"{format}:all", folder)
-    rounds = [{row: _process(row, folder) for row in names} for _ in range(options.rounds)]
+            with ExitStack() as stack:
+                _started(f"{format}:all", folder, stack)
+    with ExitStack() as stack:
+        rows = {row: _started(row, folder, stack) for row in names}
+        rounds = [
+            {row: {f"prompt_{n}": _asked(process, n) for n in PROMPTS} for row, process in rows.items()}
+            for _ in range(options.rounds)
+        ]
     found = [_over_rounds(row, prompt, rounds) for prompt in PROMPTS for row in names]
     _print(found)
     print(json.dumps({"benchmark": "speed", "rounds": options.rounds, "machine": describe(), "rows": found}))
 
 
-def _process(row: str, folder: Path) -> dict[str, Any]:
-    """One row in a process of its own, within its cap."""
+def _started(row: str, folder: Path, stack: ExitStack) -> subprocess.Popen[str]:
+    """A process for one row, within its cap, its model loaded and warm; it ends with the stack."""
     command = [sys.executable, "-m", "benchmarks.speed", str(folder), "--row", row]
     drop_page_cache()
-    with ExitStack() as stack:
-        cap = row.partition("@")[2]
-        if cap:
-            group = stack.enter_context(memory_group(_bytes(cap)))
-            command = ["sh", "-c", f'echo $$ > "{group}/cgroup.procs" && exec "$@"', "sh", *command]
-        done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"row {row} failed with {done.returncode}:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    cap = row.partition("@")[2]
+    if cap:
+        group = stack.enter_context(memory_group(_bytes(cap), row))
+        command = ["sh", "-c", f'echo $$ > "{group}/cgroup.procs" && exec "$@"', "sh", *command]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    stack.callback(_ended, process)
+    assert process.stdout is not None
+    if process.stdout.readline() != "ready\n":
+        sys.exit(f"row {row} ended with {process.wait()} before it was ready")
+    return process
+
+
+def _ended(process: subprocess.Popen[str]) -> None:
+    assert process.stdin is not None
+    process.stdin.close()
+    process.wait()
+
+
+def _asked(process: subprocess.Popen[str], prompt: int) -> dict[str, Any]:
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.write(f"{prompt}\n")
+    process.stdin.flush()
+    line = process.stdout.readline()
+    if not line:
+        sys.exit(f"{process.args!r} ended with {process.wait()}")
+    return json.loads(line)
 
 
 def _bytes(text: str) -> int:
@@ -239,8 +259,7 @@ def _over_rounds(row: str, prompt: int, rounds: list[dict[str, Any]]) -> dict[st
     samples = [r[row][f"prompt_{prompt}"] for r in rounds]
     found: dict[str, Any] = {"row": row, "n_prompt": prompt, "n_gen": STEPS}
     found |= {name: _median([s[name] for s in samples]) for name in samples[0]}
-    for name in ("residency", "budget_bytes", "used_bytes", "plain_gbps", "rss_peak_bytes"):
-        found[name] = _median([r[row].get(name) for r in rounds])
+    found["rss_peak_bytes"] = max(s["rss_peak_bytes"] for s in samples)
     ratios = [_ratios(row, prompt, r) for r in rounds]
     found |= {name: _median([ratio[name] for ratio in ratios]) for name in ratios[0]}
     return found | {"samples_ts": [s["avg_ts"] for s in samples], "samples_ttft_s": [s["ttft_s"] for s in samples]}
@@ -255,8 +274,8 @@ def _ratios(row: str, prompt: int, rows: dict[str, dict[str, Any]]) -> dict[str,
     if stock:
         found["x_decode"] = stock["step_s"] / mine["step_s"]
         found["x_prefill"] = stock["ttft_s"] / mine["ttft_s"]
-    if resident and rows[row].get("plain_gbps"):
-        rate = rows[row]["plain_gbps"] * 1e9
+    if resident and mine.get("plain_gbps"):
+        rate = mine["plain_gbps"] * 1e9
         found["decode_bound"] = mine["step_s"] / (resident["step_s"] + mine["step_bytes"] / rate)
         found["prefill_bound"] = mine["ttft_s"] / max(resident["ttft_s"], mine["ttft_bytes"] / rate)
     return found
