@@ -32,35 +32,89 @@ class Lane(IntEnum):
 
 
 class Route(NamedTuple):
-    """What the router of one MoE layer decided for the T rows of a pass; everything on the host."""
+    """What the router of one MoE layer decided for the T rows of a pass.
+
+    Ids and weights are on the host. `hidden_TD` is what the router read, left on the device; only where a predictor or
+    an observer asked for it.
+    """
 
     layer: int
     ids_TK: torch.Tensor  # int64; an id equal to the number of experts means "no expert"
     weights_TK: torch.Tensor
+    hidden_TD: torch.Tensor | None = None
 
 
 @dataclass
 class Step:
-    """One forward pass: its phase, its tokens and, once finished, one Route per MoE layer.
+    """One forward pass: its phase, its tokens and, as they become known, one Route per MoE layer.
 
-    `ids_BS`, `positions_BS` and `padding_BS` are host tensors of shape (batch, sequence), or None where the caller
-    gave embeddings instead of ids. The seam sees rows flattened in that order: row = batch * S + position in the pass.
-    `padding_BS` is True where a row is padding and must not be learned from.
+    Rows are flattened: row = sequence * S + position in the pass, for `batch` sequences of S rows each; the seam sees
+    them so. `ids_BS`, `positions_BS` and `padding_BS` are host tensors of shape (batch, S), or None where nobody asked
+    for them or the caller gave embeddings instead of ids. `padding_BS` is True where a row is padding and must not be
+    learned from. `inputs` holds what entered the decoder layer of a MoE layer, before its attention: (T, D), on the
+    device, only where asked for. `previous` is the pass before, where this one goes on with the same sequences.
     """
 
     index: int
     phase: Phase
     rows: int
+    batch: int = 1
     ids_BS: torch.Tensor | None = None
     positions_BS: torch.Tensor | None = None
     padding_BS: torch.Tensor | None = None
     routes: list[Route] = field(default_factory=list)
+    inputs: dict[int, torch.Tensor] = field(default_factory=dict)
+    previous: Step | None = None
+
+    def route(self, layer: int) -> Route | None:
+        """The layer's route, once its router has spoken."""
+        return next((route for route in self.routes if route.layer == layer), None)
 
 
 class Observer(Protocol):
-    """Receives each finished Step; runs on the thread that ran the pass, so it must be quick."""
+    """Receives each finished Step; runs on the thread that ran the pass, so it must be quick.
+
+    An attribute `wants` names what it needs beyond ids and weights: "hidden" (the routers' inputs), "inputs" (of the
+    decoder layers).
+    """
 
     def __call__(self, step: Step) -> Any: ...
+
+
+class When(Enum):
+    """The latest thing that a guess about a layer looks at."""
+
+    START = "start"  # what was known before the pass: earlier tokens, statistics
+    INPUT = "input"  # what enters the layer's own attention: leads by one attention block
+    ROUTE = "route"  # the route of the layer `lead` before
+
+
+class Predictor(Protocol):
+    """Guesses which experts a layer's router will choose, from the part of a Step that is known before it speaks.
+
+    `rank` gives scores (E,), float32 on the host, larger is likelier: the expected number of the step's rows that choose
+    each expert, where the predictor is calibrated; `rank_rows` the same for each row, (T, E). Both look at the step only
+    as `when(layer)` says and raise nothing. In a pass of several rows per sequence (a recorded prompt) each row is guessed
+    as if it were decoded alone: it may look at earlier rows' routes of any layer, at its own only up to layer - lead.
+    `observe` receives each finished Step in order, for predictors that keep account of a sequence.
+    """
+
+    name: str
+    lead: int
+    wants: frozenset[str]  # "hidden", "inputs", as Observer
+    fingerprint: str | None  # of the model it was trained for; None where it fits any
+    n_bytes: int  # of memory that it holds on the device
+    n_params: int
+
+    def when(self, layer: int) -> When | None:
+        """None where it has nothing to say about a layer."""
+        ...
+
+    def rank(self, step: Step, layer: int) -> torch.Tensor: ...
+
+    def rank_rows(self, step: Step, layer: int) -> torch.Tensor: ...
+
+    def observe(self, step: Step) -> None: ...
 
 
 LONGEST = 600  # characters of what happened: a stranger's name for a thing can have megabytes
