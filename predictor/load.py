@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load, save
+from safetensors.torch import load as tensors_of
+from safetensors.torch import save
 
 from duoserve.core import Predictor, Refusal
 from duoserve.durable import replacing
@@ -82,7 +83,7 @@ def save_folder(folder: Path, kind: str, predictor: Any, training: Training) -> 
         stream.write((json.dumps(data, indent=1) + "\n").encode())
 
 
-def load_predictor(folder: Path | str) -> Predictor:
+def load(folder: Path | str) -> Predictor:
     """The predictor of a folder, ready to serve."""
     found: Predictor = load_folder(folder).predictor
     return found
@@ -176,7 +177,7 @@ def _tensors(path: Path, expected: dict[str, tuple[int, ...]]) -> Tensors:
             raise Refusal("E_PREDICTOR", what, REMEDY, 5)
     assert all(extent.dtype in DTYPE_BITS for extent in header.tensors.values())
     try:
-        tensors = {name: t.float() for name, t in load(path.read_bytes()).items()}
+        tensors = {name: t.float() for name, t in tensors_of(path.read_bytes()).items()}
     except Exception as error:  # whatever the bytes made safetensors say
         raise Refusal("E_PREDICTOR", f"{path} cannot be read ({shown(str(error))})", REMEDY, 5) from error
     for name, tensor in tensors.items():
