@@ -90,6 +90,8 @@ def serve(row: str, folder: Path) -> None:
 def _prompt(model: Any, engine: Any, prompt: int) -> dict[str, Any]:
     import torch
 
+    from duoserve.sizing import CACHE
+
     ids = torch.randint(0, SHAPE["vocab_size"], (1, prompt))
     before = _read_bytes(engine)
     began = time.perf_counter()
@@ -99,7 +101,7 @@ def _prompt(model: Any, engine: Any, prompt: int) -> dict[str, Any]:
     for _ in range(STEPS):
         ids = out.logits[:, -1:].argmax(-1)
         began = time.perf_counter()
-        out = model(input_ids=ids, past_key_values=out.past_key_values, use_cache=True)
+        out = model(input_ids=ids, use_cache=True, **{CACHE: out[CACHE]})
         steps.append(time.perf_counter() - began)
     hits, asked = (now - then for now, then in zip(_counts(engine), counts, strict=True))
     return {

@@ -12,6 +12,7 @@ equals, the one whose layer comes round last goes first.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from enum import Enum
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,13 @@ from duoserve.core import Key
 
 DECAY = 0.9
 TIE = 1e-6  # per layer of distance: far less than any difference of worth that matters
+
+
+class Keep(Enum):
+    """What decides which expert goes first."""
+
+    WORTH = "worth"  # the one worth least, as above
+    RECENT = "recent"  # the one whose layer chose it longest ago (LRU), for comparison
 
 
 class Slot:
@@ -41,10 +49,11 @@ class Slot:
 class ExpertCache:
     """`n_slots` slots shared by all layers; `experts` is the number of experts of each layer."""
 
-    def __init__(self, n_slots: int, experts: list[int]):
+    def __init__(self, n_slots: int, experts: list[int], keep: Keep = Keep.WORTH):
         assert n_slots >= 1 and experts, (n_slots, experts)
         self.slots = [Slot(i) for i in range(n_slots)]
         self.evictions = 0
+        self._keep, self._turns = keep, 0
         self._first = [sum(experts[:layer]) for layer in range(len(experts) + 1)]  # of each layer, in the flat arrays
         self._layers = len(experts)
         self._layer = np.repeat(np.arange(len(experts)), experts)  # of each expert
@@ -77,8 +86,12 @@ class ExpertCache:
     def turn(self, layer: int, rows: int, chosen: Mapping[int, int]) -> None:
         """A layer's router has spoken for `rows` tokens: `chosen` is how many of them each expert got."""
         self._turn = layer
-        kept = DECAY**rows
         worth = self._worth[self._first[layer] : self._first[layer + 1]]
+        if self._keep is Keep.RECENT:
+            self._turns += 1
+            worth[list(chosen)] = self._turns
+            return
+        kept = DECAY**rows
         worth *= kept
         per_row = (1 - kept) / (1 - DECAY) / rows
         for expert, n in chosen.items():
@@ -127,6 +140,18 @@ class ExpertCache:
         self._slot[self._at(slot.key)], self._open[self._at(slot.key)] = -1, False
         slot.key, slot.pins, slot.ready = None, 0, None
         self._free.append(slot)
+
+    def restore(self, slot: Slot, former: Key | None, ready: Any, released: tuple[Any, ...]) -> None:
+        """The copy that evicted `former` was never begun: the slot still holds it, with the events it had then."""
+        assert slot.key is not None and slot.pins == 0, slot
+        self.forget(slot)
+        slot.released = released
+        if former is None or self._slot[self._at(former)] >= 0:
+            return
+        self._free.pop()
+        slot.key, slot.ready = former, ready
+        self._slot[self._at(former)], self._open[self._at(former)] = slot.index, True
+        self.evictions -= 1
 
     def check(self) -> None:
         """Integrity when idle: every key has one slot, every slot at most one key, nothing is pinned."""

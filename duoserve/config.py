@@ -11,6 +11,7 @@ from duoserve.core import Refusal, nearest
 FORMATS = ("int4", "nf4", "bf16")
 DTYPES = ("bfloat16", "float32", "float16")
 MAX_THREADS = 4096
+POLICIES = ("duoserve", "lru", "on-demand")
 DEVICES = ("auto", "cpu", "cuda")
 
 _UNITS = {"": 1, "b": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
@@ -66,12 +67,17 @@ class EngineConfig:
     ctx: int | None = None
     cache_dir: str | None = None
     threads: int | None = None
+    policy: str = "duoserve"
+    link: str | int | None = None
 
     def __post_init__(self) -> None:
         _one_of("format", self.format, FORMATS)
         _one_of("trunk", self.trunk, FORMATS)
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("device", self.device, DEVICES)
+        _one_of("policy", self.policy, POLICIES)
+        if self.link is not None:
+            parse_size(self.link, "link")
         if isinstance(self.budget, str) and self.budget.strip().endswith("%"):
             parse_share(self.budget)
         elif self.budget not in (None, "min", "half"):

@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from duoserve.engine import Answer, Engine
+from duoserve.sizing import CACHE
 
 
 class Conversation:
@@ -72,7 +73,7 @@ class Conversation:
         ids = self.engine.encode(prompt)[0].tolist()
         cache = self._kept(ids)
         self._forget()  # whatever interrupts a pass leaves its cache half written
-        answer = self.engine.generate(prompt, past_key_values=cache, **options)
+        answer = self.engine.generate(prompt, **{CACHE: cache}, **options)
         if answer.new_tokens:  # else the reading of the prompt was cancelled between layers
             self._ids, self._cache = (ids + answer.token_ids)[: cache.get_seq_length()], cache
         return answer

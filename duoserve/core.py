@@ -24,6 +24,14 @@ class Phase(Enum):
     DECODE = "decode"
 
 
+class Policy(Enum):
+    """How experts are brought. The baselines are what DuoServe is compared with, on the same slots."""
+
+    DUOSERVE = "duoserve"  # asynchronous, resident first, kept by worth, guessed ahead where a predictor pays
+    LRU = "lru"  # strong on-demand: asynchronous, resident first, the least recently used goes; nothing is guessed
+    ON_DEMAND = "on-demand"  # one after the other: an absent expert is fetched and waited for before it is computed
+
+
 class Lane(IntEnum):
     """Transfers known to be needed overtake guesses."""
 

@@ -1,22 +1,28 @@
-"""Sparse passes: a few experts per layer, fetched on demand over one pool shared by all layers.
-
-Chooses what to fetch; touches no stream and no bytes.
+"""Sparse passes: a few experts per layer, over one pool shared by all layers; those absent are fetched, the next layers' are
+guessed in between (`ahead.py`). Chooses what to fetch; touches no stream and no bytes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator
 
+from duoserve.ahead import Ahead
 from duoserve.cache import ExpertCache, Slot
-from duoserve.core import Key
+from duoserve.core import Key, Policy
 from duoserve.transfer import Transfer
 
 
 class Decode:
-    def __init__(self, cache: ExpertCache, transfer: Transfer):
-        self._cache, self._transfer = cache, transfer
+    def __init__(self, cache: ExpertCache, transfer: Transfer, policy: Policy, ahead: Ahead):
+        self._cache, self._transfer, self._policy, self._ahead = cache, transfer, policy, ahead
 
     def run(self, layer: int, rows: int, tokens: dict[int, int]) -> Generator[Slot, None, None]:
         """Slots of the experts that one layer's route needs (`tokens`: expert -> rows), resident ones first."""
         self._cache.turn(layer, rows, tokens)
-        yield from self._transfer.through([Key(layer, e) for e in tokens])
+        keys = [Key(layer, e) for e in tokens]
+        if self._policy is Policy.ON_DEMAND:
+            yield from self._transfer.one_by_one(keys)
+            return
+        for slot in self._transfer.through(keys):
+            yield slot
+            self._ahead.push()

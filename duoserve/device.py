@@ -137,7 +137,9 @@ class WorkerStream:
         cuda: bool = False,
         in_order: bool = False,
         board: threading.Condition | None = None,
+        rate: int | None = None,
     ):
+        self._rate, self._free_at = rate, 0.0  # bytes per second that jobs are slowed to, and when the next may begin
         self._lanes: dict[Lane, deque[_Job]] = {lane: deque() for lane in Lane}
         self._board = board or threading.Condition()  # shared by streams that wait for each other
         self._in_order = in_order
@@ -183,6 +185,11 @@ class WorkerStream:
                 self._board.notify_all()
         return job is not None
 
+    def queued(self, event: Event) -> bool:
+        """Whether the event is that of a guess which nobody began."""
+        with self._board:
+            return self._guess(event) is not None
+
     def promote(self, event: Event) -> None:
         """A guess turned out to be needed: move its job, if still queued, to the DEMAND lane."""
         with self._board:
@@ -223,8 +230,11 @@ class WorkerStream:
                     event.order(self._cuda, needed=False)
                 for event in job.after:
                     event.order(self._cuda)
+                until = self._slowed(job.cost)
                 with torch.cuda.stream(self._cuda) if self._cuda is not None else contextlib.nullcontext():
                     job.fn()
+                if until is not None:
+                    time.sleep(max(0.0, until - time.perf_counter()))
                 mark = self._cuda.record_event() if self._cuda is not None else None
             except BaseException as raised:  # handed to whoever waits for the event
                 error = raised
@@ -232,6 +242,14 @@ class WorkerStream:
                 self._leave(job.cost)
                 job.event.set(mark, error)
                 self._board.notify_all()
+
+    def _slowed(self, cost: int) -> float | None:
+        """When a job of `cost` bytes that begins now would end on a link of this rate, one job at a time."""
+        if self._rate is None:
+            return None
+        with self._board:
+            self._free_at = max(self._free_at, time.perf_counter()) + cost / self._rate
+            return self._free_at
 
     def _enter(self) -> None:
         if self._active == 0:
@@ -259,19 +277,23 @@ class ThreadDevice:
     """The CPU as a device: slots are a bounded arena in RAM, copies are direct reads by worker threads.
 
     Compute runs on the calling thread. `threaded_compute` gives it a worker of its own and `host_tier` puts host slabs
-    between disk and slots, as on a GPU: so that both edges and all three tiers are tested without one.
+    between disk and slots, as on a GPU: so that both edges and all three tiers are tested without one. `link` slows copies
+    to so many bytes per second, one at a time: for experiments on what a slower link would do.
     """
 
     name = "cpu"
     torch_device = torch.device("cpu")
 
-    def __init__(self, copy_threads: int = 2, threaded_compute: bool = False, host_tier: bool = False):
+    def __init__(
+        self, copy_threads: int = 2, threaded_compute: bool = False, host_tier: bool = False, link: int | None = None
+    ):
         board = threading.Condition()
         self.compute: InlineStream | WorkerStream = InlineStream()
         if threaded_compute:
             self.compute = WorkerStream("compute", in_order=True, board=board)
-        self.copy = WorkerStream("copy", copy_threads, board=board)
+        self.copy = WorkerStream("copy", copy_threads, board=board, rate=link)
         self.disk = WorkerStream("disk", copy_threads, board=board) if host_tier else None
+        self.predict = WorkerStream("predict")
 
     def arena(self, n_bytes: int) -> torch.Tensor:
         return host_arena(n_bytes)
@@ -279,6 +301,10 @@ class ThreadDevice:
     def read(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor's values on the host: the only way to wait for device data."""
         return tensor
+
+    def mark(self) -> Event:
+        """Happens once all that this thread computed so far is done."""
+        return DONE
 
     def join(self, event: Event) -> None:
         """What this thread computes next follows `event`."""
@@ -292,7 +318,7 @@ class ThreadDevice:
         return 0
 
     def close(self) -> None:
-        for stream in (self.copy, self.disk, self.compute):
+        for stream in (self.predict, self.copy, self.disk, self.compute):
             if stream is not None:
                 stream.close()
 
@@ -310,6 +336,7 @@ class CudaDevice:
         board = threading.Condition()
         self.copy = WorkerStream("copy", copy_threads, cuda=True, board=board)
         self.disk: WorkerStream | None = WorkerStream("disk", copy_threads, board=board)
+        self.predict = WorkerStream("predict", cuda=True)
         self._warned = False
 
     def arena(self, n_bytes: int) -> torch.Tensor:
@@ -317,6 +344,9 @@ class CudaDevice:
 
     def read(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to("cpu")
+
+    def mark(self) -> Event:
+        return self.compute.submit(lambda: None)
 
     def join(self, event: Event) -> None:
         event.order(torch.cuda.current_stream())
@@ -336,7 +366,7 @@ class CudaDevice:
         return pinned
 
     def close(self) -> None:
-        for stream in (self.copy, self.disk):
+        for stream in (self.predict, self.copy, self.disk):
             if stream is not None:
                 stream.close()
 
@@ -361,11 +391,11 @@ def _register(address: int, n_bytes: int) -> bool:
 Device = ThreadDevice | CudaDevice
 
 
-def open_device(name: str) -> Device:
-    """`auto` takes the GPU where there is one."""
+def open_device(name: str, link: int | None = None) -> Device:
+    """`auto` takes the GPU where there is one. `link` as `ThreadDevice`."""
     if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
         return CudaDevice()
-    return ThreadDevice()
+    return ThreadDevice(link=link)
 
 
 def in_background(fn: Callable[[], Any], name: str) -> Callable[[], None]:

@@ -19,9 +19,9 @@ import torch
 import transformers
 
 from duoserve.checkpoint import check_config, quiet, read_config
-from duoserve.config import EngineConfig
+from duoserve.config import EngineConfig, parse_size
 from duoserve.convert import Conversion, Progress, write_store
-from duoserve.core import Refusal, nearest
+from duoserve.core import Policy, Predictor, Refusal, nearest
 from duoserve.device import Device, give_back, in_background, open_device, use_threads
 from duoserve.hub import resolve
 from duoserve.manifest import is_store
@@ -29,12 +29,13 @@ from duoserve.model import load_model
 from duoserve.moe import Cancelled
 from duoserve.plan import Plan, check_memory, compute_dtype, default_budget, make_plan, trunk_format
 from duoserve.shelf import cache_dir, note_use, refuse_half_made
+from duoserve.sizing import CACHE
 from duoserve.store import Store
 
 DEMO = Path(__file__).parent / "demo"
 DEFAULT_NEW_TOKENS = 512
 
-_OBJECTS = {"logits_processor", "stopping_criteria", "generation_config", "assistant_model", "past_key_values"}
+_OBJECTS = {"logits_processor", "stopping_criteria", "generation_config", "assistant_model", "past_key_values", CACHE}
 Prompt = str | Sequence[dict[str, str]]
 __all__ = ["Answer", "Engine", "load"]
 
@@ -77,11 +78,11 @@ def load(model: str | os.PathLike[str] | None = None, *, progress: Progress | No
     folder = DEMO if model is None else resolve(model, progress, check_config)
     use_threads(config.threads)
     with contextlib.ExitStack() as unless_loaded:
-        device = open_device(config.device)
+        device = open_device(config.device, parse_size(config.link, "link") if config.link is not None else None)
         unless_loaded.callback(device.close)
         opened = _opened(folder, config, device, progress, "half" if model is None else None)
         unless_loaded.callback(opened.store.close)
-        engine = Engine(*opened, device)
+        engine = Engine(*opened, device, Policy(config.policy))
         gc.collect()  # the meta models that planning made
         give_back()
         unless_loaded.pop_all()
@@ -142,9 +143,17 @@ def _check_memory(plan: Plan, device: Device) -> None:
 class Engine:
     """A loaded model. `.model` is a stock transformers model whose experts are ours; `.tokenizer` its tokenizer, or None."""
 
-    def __init__(self, store: Store, plan: Plan, dtype: torch.dtype, trunk: str, device: Device):
+    def __init__(
+        self,
+        store: Store,
+        plan: Plan,
+        dtype: torch.dtype,
+        trunk: str,
+        device: Device,
+        policy: Policy = Policy.DUOSERVE,
+    ):
         self.store, self.plan, self.dtype, self.trunk, self.device = store, plan, dtype, trunk, device
-        loaded = load_model(store, read_config(store.folder), plan, dtype, device, trunk)
+        loaded = load_model(store, read_config(store.folder), plan, dtype, device, trunk, policy)
         self.model, self.runtime, self._watch = loaded
         self.tokenizer = _tokenizer(store.folder)
         self._turn = threading.Lock()
@@ -239,6 +248,21 @@ class Engine:
             ) from error
         return encoded["input_ids"]
 
+    def predict(self, predictor: Predictor | None, always: bool = False) -> None:
+        """Let decode guess with `predictor` from the next pass on (None: with none). Tokens do not depend on it.
+
+        Unless `always`, it is measured while it runs and used only while it pays; `stats()["prediction"]` has the figures.
+        Refused for a predictor of another model.
+        """
+        theirs = predictor.fingerprint if predictor is not None else None
+        if theirs is not None and theirs != self.store.fingerprint:
+            raise Refusal(
+                "E_PREDICTOR_MODEL",
+                f"the predictor was trained for model {theirs}, this is {self.store.fingerprint}",
+                "train one for this model, or say --predictor none",
+            )
+        self.runtime.predict(predictor, always)
+
     def stats(self) -> dict[str, Any]:
         """Figures since loading: experts hit, in flight, missed; bytes; planned against used memory. Bytes and seconds."""
         counts = self.runtime.transfer.counts()
@@ -268,11 +292,16 @@ class Engine:
             "trunk": self.trunk,
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": self.device.name,
+            "policy": self.runtime.policy.value,
             "threads": torch.get_num_threads(),
             "hits": counts.hits,
             "in_flight": counts.in_flight,
             "misses": counts.misses,
             "guesses": counts.guesses,
+            "guesses_ready": counts.ready,
+            "guesses_late": counts.late,
+            "guesses_wrong": counts.wrong,
+            "prediction": self.runtime.ahead.stats(),
             "evictions": self.runtime.cache.evictions,
             "bytes_moved": copy.cost_done,
             "link_busy_s": copy.busy_s,

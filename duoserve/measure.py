@@ -28,6 +28,7 @@ from duoserve.engine import load
 from duoserve.needs import count_passes
 from duoserve.plan import Sizes, size
 from duoserve.profile import Attention, DiskRate, Launch, Link, Profile
+from duoserve.sizing import CACHE
 from duoserve.store import open_direct
 from duoserve.version import __version__
 
@@ -318,11 +319,11 @@ class _Step:
         self.model, self.device = model, device
         self.token = torch.zeros(1, 1, dtype=torch.long, device=device.torch_device)
         with torch.inference_mode():
-            self.cache = model(input_ids=self.token.expand(1, 16), use_cache=True).past_key_values
+            self.cache = model(input_ids=self.token.expand(1, 16), use_cache=True)[CACHE]
 
     @torch.inference_mode()
     def __call__(self) -> None:
-        self.device.read(self.model(input_ids=self.token, past_key_values=self.cache, use_cache=True).logits)
+        self.device.read(self.model(input_ids=self.token, use_cache=True, **{CACHE: self.cache}).logits)
 
 
 def measure_link(device: Device, rounds: int) -> Link | None:

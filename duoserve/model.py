@@ -4,20 +4,21 @@ transfer, runtime; knows nothing of prompts and text.
 
 from __future__ import annotations
 
+import re
 from typing import Any, NamedTuple
 
 import torch
 import transformers
 
 from duoserve import attention
-from duoserve.cache import ExpertCache
+from duoserve.cache import ExpertCache, Keep
 from duoserve.checkpoint import build_meta, find_experts, load_trunk, replace_module
-from duoserve.core import Phase, Refusal, Step
+from duoserve.core import Phase, Policy, Refusal, Step
 from duoserve.device import Device, available_ram, give_back
 from duoserve.int4 import Scratch
 from duoserve.moe import OffloadedExperts, Runtime
 from duoserve.plan import Plan, host_slabs, size
-from duoserve.sizing import cache_bytes
+from duoserve.sizing import CACHE, cache_bytes
 from duoserve.store import Store
 from duoserve.transfer import HostTier, Transfer
 from duoserve.trunk import quantise_linears, settle
@@ -33,7 +34,13 @@ class Loaded(NamedTuple):
 
 
 def load_model(
-    store: Store, config: Any, plan: Plan, dtype: torch.dtype, device: Device, trunk: str = "bf16"
+    store: Store,
+    config: Any,
+    plan: Plan,
+    dtype: torch.dtype,
+    device: Device,
+    trunk: str = "bf16",
+    policy: Policy = Policy.DUOSERVE,
 ) -> Loaded:
     """Build on meta, take the experts out, fill the trunk; the slots are allocated here, once. `trunk`: its format."""
     model = build_meta(config, dtype)
@@ -45,9 +52,10 @@ def load_model(
             "convert the model again",
             5,
         )
-    cache = ExpertCache(plan.slots, [layer.n_experts for layer in store.layers])
+    keep = Keep.WORTH if policy is Policy.DUOSERVE else Keep.RECENT
+    cache = ExpertCache(plan.slots, [layer.n_experts for layer in store.layers], keep)
     scratch = Scratch(device.arena(plan.scratch_bytes))
-    runtime = Runtime(device, cache, Transfer(device, store, cache, _host_tier(device, store), scratch))
+    runtime = Runtime(device, cache, Transfer(device, store, cache, _host_tier(device, store), scratch), policy)
     for layer, spec in enumerate(specs):
         replace_module(model, spec.name, OffloadedExperts(spec.module, layer, runtime))
     load_trunk(model, store.checked_trunk(), dtype)
@@ -58,6 +66,10 @@ def load_model(
     if device.name == "cpu":
         attention.use(model)
     watch = PassWatch(runtime, plan)
+    for layer, spec in enumerate(specs):
+        holder = decoder_layer(spec.name)
+        if holder is not None:
+            watch.follow(model.get_submodule(holder), layer)
     model.register_forward_pre_hook(watch.before, with_kwargs=True)
     model.register_forward_hook(watch.after, with_kwargs=True)
     return Loaded(model, runtime, watch)
@@ -87,22 +99,32 @@ class PassWatch:
         if shape is None:
             return
         batch, length = shape.shape[:2]
-        past = kwargs.get("past_key_values")
+        past = kwargs.get(CACHE, kwargs.get("past_key_values"))
         before = _tokens_before(past, kwargs.get("attention_mask"), length)
         if kwargs.get("use_cache") is not False:
             self._check_room(batch, before + length)
         phase = Phase.DECODE if before and length <= DRAFT else Phase.PREFILL
-        step = Step(self._runtime.steps, phase, batch * length)
-        if self._runtime.observers:
+        step = Step(self._runtime.steps, phase, batch * length, batch)
+        if self._runtime.learns:
             self._describe(step, ids, batch, length, before, kwargs)
         self._runtime.begin(step)
 
     def after(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        cache = getattr(output, "past_key_values", None)
+        cache = getattr(output, CACHE, None)
         if cache is not None:
             self.kv_peak_bytes = max(self.kv_peak_bytes, cache_bytes(cache))
         if self._runtime.finish() >= LONG:
             give_back()
+
+    def follow(self, decoder_layer: Any, layer: int) -> None:
+        """Tell the runtime what enters the decoder layer of MoE layer `layer`, before its attention."""
+
+        def enters(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else kwargs.get("hidden_states")
+            if isinstance(x, torch.Tensor) and x.ndim == 3:
+                self._runtime.enter(layer, x.reshape(-1, x.shape[-1]))
+
+        decoder_layer.register_forward_pre_hook(enters, with_kwargs=True)
 
     def _check_room(self, batch: int, length: int) -> None:
         if not self._plan.holds(batch, length):
@@ -125,6 +147,12 @@ class PassWatch:
             step.positions_BS = torch.arange(before, before + length).expand(batch, length)
         if mask is not None and mask.ndim == 2:
             step.padding_BS = read(mask)[:, -length:] == 0
+
+
+def decoder_layer(experts: str) -> str | None:
+    """The name of the decoder layer that holds an experts module: up to its number in the list of layers."""
+    match = re.match(r"(.*?\.\d+)(\.|$)", experts)
+    return match[1] if match else None
 
 
 def _tokens_before(past: Any, mask: Any, length: int) -> int:

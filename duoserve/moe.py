@@ -6,6 +6,7 @@ attention, caches of keys and values, or text.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from typing import Any
@@ -13,8 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from duoserve.ahead import Ahead
 from duoserve.cache import ExpertCache
-from duoserve.core import Observer, Phase, Route, Step
+from duoserve.core import Observer, Phase, Policy, Predictor, Route, Step
 from duoserve.decode import Decode
 from duoserve.device import Device, Event
 from duoserve.experts import Groups, Weights, combine, expert_function, group
@@ -29,14 +31,16 @@ class Cancelled(Exception):
 class Runtime:
     """What all layers of one model share: the pool, the way into it, both schedules, and the Step that is running."""
 
-    def __init__(self, device: Device, cache: ExpertCache, transfer: Transfer):
-        self.device, self.cache, self.transfer = device, cache, transfer
+    def __init__(self, device: Device, cache: ExpertCache, transfer: Transfer, policy: Policy = Policy.DUOSERVE):
+        self.device, self.cache, self.transfer, self.policy = device, cache, transfer, policy
         self._per_layer = [layer.n_experts for layer in transfer.store.layers]
-        self.decode = Decode(cache, transfer)
-        self.prefill = Prefill(cache, transfer, self._per_layer)
+        self.ahead = Ahead(cache, transfer, self._per_layer, self._think)
+        self.decode = Decode(cache, transfer, policy, self.ahead)
+        self.prefill = Prefill(cache, transfer, self._per_layer, policy)
         self.observers: list[Observer] = []
         self.steps = 0
         self._step: Step | None = None
+        self._former: Step | None = None  # the pass before, kept for predictors
         self._on_layer: Callable[[int, int], None] | None = None
         self._cancelled: Callable[[], bool] | None = None
         self._lock = threading.RLock()
@@ -58,19 +62,50 @@ class Runtime:
         finally:
             self._on_layer = self._cancelled = None
 
+    @property
+    def learns(self) -> bool:
+        """Whether anybody wants to see Steps with their tokens and routes."""
+        return bool(self.observers) or self.ahead.predictor is not None
+
+    def wants(self, what: str) -> bool:
+        """Whether an observer or the predictor asked for "hidden" or "inputs"."""
+        return any(what in getattr(who, "wants", ()) for who in (*self.observers, self.ahead.predictor))
+
+    def predict(self, predictor: Predictor | None, always: bool = False) -> None:
+        """Guess with this predictor from the next pass on; unless `always`, only while it is measured to pay."""
+        with self._lock:
+            self.ahead.use(predictor, always)
+
     def begin(self, step: Step) -> None:
-        """A pass starts; its routes are noted only where somebody observes."""
+        """A pass starts; its routes are noted only where somebody wants them."""
+        self._began = time.perf_counter()
+        step.previous, self._former = _followed(self._former, step), None
         self._step = step
         self.steps += 1
+        self.ahead.begin(step)
+
+    def enter(self, layer: int, x_TD: torch.Tensor) -> None:
+        """A MoE layer's attention is about to read `x_TD`."""
+        if self._step is not None and self.wants("inputs"):
+            self._step.inputs[layer] = x_TD
+            self.ahead.entered(self._step, layer)
+        self.ahead.push()
 
     def finish(self) -> int:
         """Hand the finished Step to whoever observes; returns its rows."""
         step, self._step = self._step, None
         if step is None:
             return 0
+        self.ahead.finish(step, time.perf_counter() - self._began)
         for observer in self.observers:
             observer(step)
+        if self.learns:
+            self._former = step
         return step.rows
+
+    def _think(self, fn: Callable[[], None]) -> Event:
+        """Run `fn` on the predictor's stream, after what was computed so far."""
+        return self.device.predict.submit(fn, (self.device.mark(),))
 
     def run(
         self,
@@ -86,10 +121,11 @@ class Runtime:
                 raise RuntimeError("the engine is closed")
             self._follow(layer)
             ids = self.device.read(ids_TK)
-            self._note(layer, ids, weights_TK)
+            self._note(layer, ids, weights_TK, x_TD)
             groups = group(x_TD, ids, self._per_layer[layer])
             tokens = {expert: stop - start for expert, (start, stop) in groups.spans.items()}
             schedule = self.prefill if self._is_dense(layer, len(tokens), x_TD.shape[0]) else self.decode
+            self.ahead.spoken(self._step, layer, tokens)
             reads: list[Event] = []
             with closing(schedule.run(layer, x_TD.shape[0], tokens)) as slots:
                 for slot in slots:
@@ -104,6 +140,7 @@ class Runtime:
                     reads.append(read)
             y: list[torch.Tensor] = []
             done = self.device.compute.submit(lambda: y.append(combine(groups, weights_TK, x_TD.dtype)), reads)
+            self.ahead.push()
             self.device.join(done)
             return y[0]
 
@@ -122,9 +159,21 @@ class Runtime:
         if self._on_layer is not None:
             self._on_layer(layer, len(self._per_layer))
 
-    def _note(self, layer: int, ids: torch.Tensor, weights_TK: torch.Tensor) -> None:
-        if self.observers and self._step is not None:
-            self._step.routes.append(Route(layer, ids, self.device.read(weights_TK)))
+    def _note(self, layer: int, ids: torch.Tensor, weights_TK: torch.Tensor, x_TD: torch.Tensor) -> None:
+        if self._step is not None and self.learns:
+            hidden = x_TD if self.wants("hidden") else None
+            self._step.routes.append(Route(layer, ids, self.device.read(weights_TK), hidden))
+
+
+def _followed(former: Step | None, step: Step) -> Step | None:
+    """The pass before, if this one goes on with its sequences; it forgets its own, so that no chain grows."""
+    if former is None or former.batch != step.batch or former.positions_BS is None or step.positions_BS is None:
+        return None
+    if not torch.equal(former.positions_BS[:, -1] + 1, step.positions_BS[:, 0]):
+        return None
+    former.previous = None
+    former.inputs.clear()
+    return former
 
 
 class _Work:

@@ -15,6 +15,7 @@ from duoserve.codec import Layout
 from duoserve.core import Refusal
 from duoserve.estimate import LayerNeeds, Needs, Product
 from duoserve.plan import Sizes
+from duoserve.sizing import CACHE
 from duoserve.trunk import QuantisedLinear
 
 CONTEXT = 512  # tokens that a decoded token looks back on, and of the prompt whose time is estimated
@@ -73,9 +74,9 @@ def count_passes(model: Any, context: int) -> Counted:
     try:
         with torch.no_grad(), torch_shapes.patch(meta_nonzero_assume_all_nonzero=True):  # type: ignore[attr-defined]
             with prompt:
-                cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+                cache = model(input_ids=ids, use_cache=True, logits_to_keep=1)[CACHE]
             with token:
-                model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True, logits_to_keep=1)
+                model(input_ids=ids[:, :1], use_cache=True, logits_to_keep=1, **{CACHE: cache})
     except Exception as error:  # some attentions cannot run on meta
         kind = model.config.model_type
         raise Refusal(

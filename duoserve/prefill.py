@@ -14,22 +14,25 @@ from collections import deque
 from collections.abc import Generator
 
 from duoserve.cache import ExpertCache, Slot
-from duoserve.core import Key
+from duoserve.core import Key, Policy
 from duoserve.transfer import Transfer
 
 DENSE = 0.5  # share of a layer's experts from which the next layer is guessed to need all of its own
 
 
 class Prefill:
-    def __init__(self, cache: ExpertCache, transfer: Transfer, experts_per_layer: list[int]):
-        self._cache, self._transfer = cache, transfer
+    def __init__(self, cache: ExpertCache, transfer: Transfer, experts_per_layer: list[int], policy: Policy):
+        self._cache, self._transfer, self._policy = cache, transfer, policy
         self._experts = experts_per_layer
 
     def run(self, layer: int, rows: int, tokens: dict[int, int]) -> Generator[Slot, None, None]:
         """Slots of the experts that one layer's route needs (`tokens`: expert -> rows), resident ones first."""
         self._cache.turn(layer, rows, tokens)
         busiest = sorted(tokens, key=lambda e: (-tokens[e], e))
-        ahead = self._next(layer, len(tokens))
+        if self._policy is Policy.ON_DEMAND:
+            yield from self._transfer.one_by_one([Key(layer, e) for e in busiest])
+            return
+        ahead = self._next(layer, len(tokens)) if self._policy is Policy.DUOSERVE else deque()
         for slot in self._transfer.through([Key(layer, e) for e in busiest]):
             yield slot
             # one guess per computed expert keeps the lane short: what the route then contradicts is little

@@ -70,7 +70,7 @@ def _router(block: nn.Module, experts: Any) -> Router | None:
         correction = _first(holders, "e_score_correction_bias")
         correction = correction if isinstance(correction, torch.Tensor) else None
         groups, best = (_first(holders, a, b) for a, b in (("num_group", "n_group"), ("topk_group", "topk_group")))
-        limited = isinstance(groups, int) and isinstance(best, int) and 1 < groups and best < groups
+        limited = isinstance(groups, int) and isinstance(best, int) and groups > 1 and best < groups
         return Router(
             weight.detach(),
             _tensor(module, "bias"),
@@ -94,10 +94,13 @@ def _first(modules: Any, *names: str) -> Any:
 
 def save_routers(path: Path, routers: list[Router | None]) -> None:
     """As safetensors: the tensors by layer, the rest as metadata."""
-    save_file(*routers_as_file(routers), path)
+    tensors, about = routers_as_file(routers)
+    save_file(tensors, path, about)
 
 
-def routers_as_file(routers: list[Router | None], prefix: str = "router") -> Any:
+def routers_as_file(
+    routers: list[Router | None], prefix: str = "router"
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """(tensors, metadata) of a safetensors file."""
     tensors: dict[str, torch.Tensor] = {}
     about = {f"{prefix}.layers": str(len(routers))}
@@ -125,5 +128,6 @@ def load_routers(path: Path, prefix: str = "router") -> list[Router | None]:
             sigmoid, groups, best, top = map(int, about[f"{prefix}.{layer}"].split())
             parts = (f"{prefix}.{layer}.{name}" for name in ("weight_ED", "bias_E", "correction_E"))
             weight, bias, correction = (file.get_tensor(name) if name in names else None for name in parts)
+            assert weight is not None, layer
             found.append(Router(weight, bias, correction, bool(sigmoid), groups, best, top))
         return found

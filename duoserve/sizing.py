@@ -12,9 +12,12 @@ from typing import Any, cast
 import torch
 import torch.fx.experimental._config as torch_shapes
 import transformers
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from duoserve.core import Refusal
 
+# What transformers calls keys and values, as an argument and in what comes back: "past_key_values" until 5.23.
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 _LEAST_PERIOD = 128  # tokens; no compressed cache joins more into one
 
 
@@ -45,8 +48,8 @@ def kv_bytes(model: Any, tokens: int) -> int:
     try:  # the cache that `generate` would make; indexers ask for the non-zeros of a mask, which has none on meta
         cache = transformers.DynamicCache(config=text) if model._supports_default_dynamic_cache() else None
         with torch.no_grad(), torch_shapes.patch(meta_nonzero_assume_all_nonzero=True):  # type: ignore[attr-defined]
-            out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            return cache_bytes(out.past_key_values)
+            out = model(input_ids=ids, use_cache=True, logits_to_keep=1, **{CACHE: cache})
+            return cache_bytes(out[CACHE])
     except Refusal:
         raise
     except Exception:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
 import torch
@@ -25,12 +25,29 @@ from duoserve.store import Store
 
 
 class Counts(NamedTuple):
-    """Of the experts asked for: resident and whole when asked, on their way, absent. `guesses` were fetched unasked."""
+    """Of the experts asked for: resident and whole when asked, on their way, absent.
+
+    `guesses` were begun unasked (those withdrawn before anybody began them do not count). Of the guesses about layers
+    whose router has spoken since: `ready` were needed and there, `late` needed and on their way, `wrong` not needed.
+    """
 
     hits: int = 0
     in_flight: int = 0
     misses: int = 0
     guesses: int = 0
+    ready: int = 0
+    late: int = 0
+    wrong: int = 0
+
+
+class Guess(NamedTuple):
+    """A slot that is being filled unasked, and what it held before."""
+
+    slot: Slot
+    copy: Event
+    former: Key | None
+    ready: Event | None
+    released: tuple[Event, ...]
 
 
 class Transfer:
@@ -49,6 +66,8 @@ class Transfer:
         self.memory = device.arena(len(cache.slots) * self.slab_bytes)
         self._weights: dict[tuple[int, int], dict[str, Weight | torch.Tensor]] = {}
         self.hits = self.in_flight = self.misses = self.guesses = 0
+        self.ready = self.late = self.wrong = 0
+        self._guessed: dict[Key, Guess] = {}  # in decode, until the layer's router speaks
         self.waiting = 0  # experts of the running layer that have no slot yet
 
     def slab(self, slot: Slot) -> torch.Tensor:
@@ -80,7 +99,8 @@ class Transfer:
         return slot
 
     def guess(self, key: Key) -> Slot | None:
-        """Fetch ahead, but never before a need, never waiting for a reader, never evicting what the same layer needs.
+        """Fetch ahead, but never before a need, never waiting for a reader, never evicting what the same layer needs, nor
+        another guess that is on its way.
 
         None where that leaves no slot. The slot is left unpinned: a demand may take it back.
         """
@@ -89,12 +109,45 @@ class Transfer:
         offer = self.cache.offer(sparing=key.layer)
         if offer is None or not all(event.done for event in offer.released):
             return None
+        if offer.ready is not None and not offer.ready.done:
+            return None
+        former = (offer.key, offer.ready, offer.released)
         slot = self.cache.claim(key, sparing=key.layer)
         assert slot is offer, (slot, offer)
         self.guesses += 1
         self.fetch(slot, Lane.AHEAD)
         self.cache.unpin(slot)
+        self._guessed[key] = Guess(slot, slot.ready, *former)
         return slot
+
+    def settle(self, layer: int | None, needed: Collection[int]) -> tuple[int, int]:
+        """A layer's router has spoken (None: the pass is over): withdraw guesses about it that are not needed and that
+        nobody began. Returns how many were begun in time and how many not.
+        """
+        began = withdrawn = 0
+        for key in [key for key in self._guessed if layer is None or key.layer == layer]:
+            guess = self._guessed.pop(key)
+            if guess.slot.key != key or guess.slot.ready is not guess.copy:
+                withdrawn += 1  # a need took its slot
+            elif layer is not None and key.expert in needed:
+                done = guess.copy.done
+                self.ready, self.late = self.ready + done, self.late + (not done)
+                began += done or not self.device.copy.queued(guess.copy)
+            elif self.device.copy.cancel(guess.copy):
+                self.cache.restore(guess.slot, guess.former, guess.ready, guess.released)
+                self.guesses -= 1
+                withdrawn += 1
+            else:
+                self.wrong += 1
+                began += 1
+        return began, withdrawn
+
+    def read_ahead(self, keys: list[Key]) -> None:
+        """Bring slabs from the disk to host memory, where there are such tiers; they take no slot."""
+        if self.host is not None:
+            for key in keys:
+                if self.cache.lookup(key) is None:
+                    self.host.read_ahead(key)
 
     def through(self, keys: list[Key]) -> Iterator[Slot]:
         """Bring the experts of one layer past the compute: yields each key's slot, pinned, resident ones first.
@@ -114,7 +167,7 @@ class Transfer:
             if slot.ready.done:
                 resident.append(slot)
             else:
-                self.device.copy.promote(slot.ready)
+                self._hurry(slot)
                 arriving.append(slot)
         self.hits, self.in_flight = self.hits + len(resident), self.in_flight + len(arriving)
         self.misses += len(absent)
@@ -130,6 +183,31 @@ class Transfer:
             for slot in (*resident, *arriving):
                 self.abandon(slot)
 
+    def one_by_one(self, keys: list[Key]) -> Iterator[Slot]:
+        """The same without any overlap (synchronous on-demand): an absent expert is fetched and waited for in its turn."""
+        for key in keys:
+            slot = _whole(self.cache, key)
+            if slot is None:
+                self.misses += 1
+                slot = self.cache.claim(key)
+                assert slot is not None, f"no slot is free for {key}"
+                self.fetch(slot, Lane.DEMAND)
+            else:
+                self.hits += 1
+                self.cache.pin(slot)
+            try:
+                slot.ready.wait()
+            except BaseException:
+                self.abandon(slot)
+                raise
+            yield slot
+
+    def _hurry(self, slot: Slot) -> None:
+        """A guess turned out to be needed: it is a demand now, on the way from the disk as well."""
+        self.device.copy.promote(slot.ready)
+        if self.host is not None and slot.key is not None:
+            self.host.hurry(slot.key)
+
     def release(self, slot: Slot, read: Event) -> None:
         """The work behind `read` was the slot's last reader for now."""
         slot.released = (read,)
@@ -140,7 +218,7 @@ class Transfer:
         self.cache.unpin(slot)
 
     def counts(self) -> Counts:
-        return Counts(self.hits, self.in_flight, self.misses, self.guesses)
+        return Counts(self.hits, self.in_flight, self.misses, self.guesses, self.ready, self.late, self.wrong)
 
 
 class HostTier:
@@ -153,7 +231,7 @@ class HostTier:
         self.slab_bytes = store.slab_bytes
         self.memory = host_arena(n_slabs * self.slab_bytes)
         self._lock = threading.Lock()
-        self.disk_reads = 0
+        self.disk_reads = self.reads_ahead = 0
 
     def fill(self) -> None:
         """Read as many experts as fit, one of each layer in turn, then register the memory (pin after fill)."""
@@ -175,6 +253,8 @@ class HostTier:
             slot = _whole(self.cache, key)
             if slot is not None:
                 self.cache.pin(slot)
+                if lane is Lane.DEMAND:
+                    self.disk.promote(slot.ready)
             else:
                 slot = self._read(key, lane)
             source = self._slab(slot)[: into.numel()]
@@ -185,6 +265,25 @@ class HostTier:
             self.cache.turn(key.layer, 1, {key.expert: 1})
             self.cache.unpin(slot)
             return sent
+
+    def read_ahead(self, key: Key) -> None:
+        """Read a slab that may be wanted, unless it is here or on its way; never over one that is being read or sent."""
+        with self._lock:
+            if self.cache.lookup(key) is not None:
+                return
+            offer = self.cache.offer()
+            if offer is None or not all(event.done for event in (*offer.released, offer.ready or DONE)):
+                return
+            slot = self._read(key, Lane.AHEAD)
+            self.reads_ahead += 1
+            self.cache.unpin(slot)
+
+    def hurry(self, key: Key) -> None:
+        """The disk read of a slab that was guessed, if there is one, goes before all guesses."""
+        with self._lock:
+            slot = self.cache.lookup(key)
+            if slot is not None and not slot.ready.done:
+                self.disk.promote(slot.ready)
 
     def _read(self, key: Key, lane: Lane) -> Slot:
         slot = self.cache.claim(key)

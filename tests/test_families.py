@@ -19,7 +19,7 @@ from duoserve.checkpoint import read_config
 from duoserve.core import Refusal
 from duoserve.experts import expert_function
 from duoserve.plan import Sizes
-from duoserve.sizing import cache_bytes, kv_bytes
+from duoserve.sizing import CACHE, cache_bytes, kv_bytes
 
 BUDGETS = ["min", "half", 1 << 30]
 GREEDY = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
@@ -83,7 +83,7 @@ def test_any_family_behind_the_experts_interface_equals_stock(toy: Any, load: An
         with torch.inference_mode():
             assert _relative(engine.model(ids).logits, want) <= 1e-5
             assert _relative(engine.model(padded, attention_mask=mask).logits[mask.bool()], want_padded) <= 1e-5
-            cached = engine.model(ids[:1], use_cache=True).past_key_values
+            cached = engine.model(ids[:1], use_cache=True)[CACHE]
         assert torch.equal(engine.generate(input_ids=ids[:1], **GREEDY), tokens)
         assert torch.equal(engine.generate(input_ids=padded, attention_mask=mask, **GREEDY), tokens_padded)
         engine.runtime.cache.check()

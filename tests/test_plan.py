@@ -179,7 +179,7 @@ before = resident()
 engine = duoserve.load(folder, budget=budget, ctx=1024)
 with torch.inference_mode():
     for start in range(0, 1024, 16):
-        past = {} if not start else {"past_key_values": out.past_key_values}
+        past = {} if not start else {CACHE: out[CACHE]}
         out = engine.model(torch.randint(0, 8000, (1, 16)), use_cache=True, logits_to_keep=1, **past)
 print(resident() - before, engine.plan.planned_bytes, engine.plan.budget_bytes)
 """

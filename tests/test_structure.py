@@ -13,11 +13,11 @@ ROOT = Path(__file__).parent.parent
 FLOORS = {
     0: {
         *("version", "core", "config", "device", "native", "int4", "codec", "checkpoint", "folder", "published"),
-        *("hub", "sizing", "durable", "headers", "attention", "routers"),
+        *("hub", "sizing", "durable", "headers", "attention", "routers", "benefit"),
     },
     1: {"store", "cache", "experts", "trunk", "manifest", "shelf"},
     2: {"convert", "transfer", "profile"},
-    3: {"prefill", "decode", "estimate"},
+    3: {"prefill", "decode", "ahead", "estimate"},
     4: {"moe"},
     5: {"plan"},
     6: {"model", "needs"},
@@ -32,6 +32,7 @@ ROOF = {"opening", "tracing", "learning", "cli"}  # these alone put what learns 
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 SIDE_BY_SIDE = {
     ("config", "core"),
+    ("decode", "ahead"),
     ("device", "core"),
     ("codec", "core"),
     ("codec", "int4"),

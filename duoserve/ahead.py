@@ -1,0 +1,166 @@
+"""What decode guesses ahead (DuoServe-MoE, section "decode"): asks a predictor beside the compute, turns its ranking into
+guesses while layers compute, and gives up what the router then contradicts. Chooses; moves no bytes, touches no stream.
+
+    layer l     router | experts compute ............. | attention of l + 1 | router of l + 1
+    predictor          '- rank(l + 1) -.                                    |
+    ahead lane                         '- guess - guess - guess ...         '- begun copies end, the others are withdrawn
+
+How many: as many as were begun before the router spoke in the passes before, and one more; a guess that nobody began
+costs nothing, since its slot still holds what it held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+from duoserve.benefit import Benefit
+from duoserve.cache import ExpertCache
+from duoserve.core import Key, Phase, Predictor, Step, When
+from duoserve.device import Event
+from duoserve.transfer import Transfer
+
+FEW_ROWS = 16  # of a pass; more of them choose most experts anyway
+SLOWLY = 0.1  # weight of the newest count in the running one of guesses that began in time
+
+
+class Ranking:
+    """The predictor's answer for one layer, once it is there: experts, likeliest first."""
+
+    def __init__(self, layer: int):
+        self.layer = layer
+        self.thought: Event | None = None
+        self.experts: list[int] = []
+        self.next = self.issued = 0
+
+
+class Ahead:
+    """One predictor's guesses for the passes of one model. All but the predictor itself runs on the model's thread."""
+
+    def __init__(
+        self,
+        cache: ExpertCache,
+        transfer: Transfer,
+        experts_per_layer: list[int],
+        think: Callable[[Callable[[], None]], Event],
+    ):
+        self._cache, self._transfer, self._experts, self._think = cache, transfer, experts_per_layer, think
+        self.predictor: Predictor | None = None
+        self.benefit = Benefit()
+        self.error: str | None = None
+        self._guessing = False
+        self._due: list[Ranking] = []
+        self._begun: float | None = None  # guesses per layer that began in time, a running mean
+        self._choices = 1  # experts that the running pass's rows choose in a layer, at most
+        self.asked = self.in_time = self.too_late = 0  # rankings
+
+    def use(self, predictor: Predictor | None, always: bool) -> None:
+        """From the next pass on; unless `always`, only while it is measured to pay."""
+        self._drop()
+        self.predictor, self.benefit, self.error = predictor, Benefit(always), None
+        self._begun = None
+        self.asked = self.in_time = self.too_late = 0
+
+    def begin(self, step: Step) -> None:
+        """A pass begins: decode passes of few rows are guessed for, while that pays."""
+        self._drop()
+        decode = step.phase is Phase.DECODE and step.rows <= FEW_ROWS
+        self._guessing = self.predictor is not None and decode and self.benefit.on
+        if self._guessing and self._when(0) is When.START:
+            self._ask(step, 0)
+
+    def entered(self, step: Step, layer: int) -> None:
+        """What enters a layer's attention is known."""
+        if self._guessing and self._when(layer) is When.INPUT:
+            self._ask(step, layer)
+
+    def spoken(self, step: Step | None, layer: int, needed: Collection[int]) -> None:
+        """A layer's router has spoken, its route is noted: withdraw other guesses about it, ask about the layers after."""
+        if not self._guessing or step is None:
+            return
+        self._settle(layer, needed)
+        self._choices = max(1, len(needed))
+        lead = self.predictor.lead if self.predictor is not None else 1
+        for after in (layer + 1, layer + lead):
+            asked_now = When.ROUTE if after == layer + lead else When.START
+            if after < len(self._experts) and self._when(after) is asked_now:
+                self._ask(step, after)
+                break
+
+    def push(self) -> None:
+        """Turn rankings that have come into guesses, as far as slots and the link allow; quick where there are none."""
+        while self._due and (thought := self._due[0].thought) is not None and thought.done:
+            ranking = self._due[0]
+            if thought.error is not None:
+                self._fail(thought.error)
+                return
+            while ranking.next < len(ranking.experts) and ranking.issued < self._room():
+                key = Key(ranking.layer, ranking.experts[ranking.next])
+                if self._cache.lookup(key) is None:
+                    if self._transfer.guess(key) is None:
+                        return  # no slot for it now
+                    ranking.issued += 1
+                ranking.next += 1
+            self._transfer.read_ahead([Key(ranking.layer, e) for e in ranking.experts[ranking.next :]])
+            self._due.pop(0)
+
+    def finish(self, step: Step, seconds: float) -> None:
+        """The pass took so long."""
+        self._drop()
+        if self.predictor is None:
+            return
+        if step.phase is Phase.DECODE and step.rows <= FEW_ROWS:
+            self.benefit.note(seconds)
+        self.predictor.observe(step)
+
+    def stats(self) -> dict[str, Any] | None:
+        """The decision with its numbers, and what became of rankings; None without a predictor."""
+        if self.predictor is None and self.error is None:
+            return None
+        return {
+            "predictor": self.predictor.name if self.predictor is not None else None,
+            "error": self.error,
+            **self.benefit.to_json(),
+            "rankings": self.asked,
+            "rankings_in_time": self.in_time,
+            "rankings_too_late": self.too_late,
+            "guesses_begun_per_layer": self._begun,
+        }
+
+    def _when(self, layer: int) -> When | None:
+        return self.predictor.when(layer) if self.predictor is not None else None
+
+    def _room(self) -> int:
+        return self._choices if self._begun is None else int(self._begun + 0.5) + 1
+
+    def _ask(self, step: Step, layer: int) -> None:
+        predictor, ranking = self.predictor, Ranking(layer)
+        assert predictor is not None, layer
+        n = min(self._choices + 2, self._experts[layer])
+
+        def rank() -> None:
+            ranking.experts = predictor.rank(step, layer).topk(n).indices.tolist()
+
+        self.asked += 1
+        ranking.thought = self._think(rank)
+        self._due.append(ranking)
+
+    def _settle(self, layer: int, needed: Collection[int]) -> None:
+        late = [ranking for ranking in self._due if ranking.layer == layer and not ranking.issued]
+        self.too_late += len(late)
+        self._due = [ranking for ranking in self._due if ranking.layer != layer]
+        began, withdrawn = self._transfer.settle(layer, needed)
+        if began or withdrawn:
+            self.in_time += 1
+            more = began if withdrawn else began + 1
+            self._begun = more if self._begun is None else (1 - SLOWLY) * self._begun + SLOWLY * more
+
+    def _drop(self) -> None:
+        self._due.clear()
+        self._transfer.settle(None, ())
+
+    def _fail(self, error: BaseException) -> None:
+        """A predictor that fails is not asked again; tokens do not depend on it."""
+        self.error = f"{type(error).__name__}: {error}"
+        self.predictor, self._guessing = None, False
+        self._due.clear()
