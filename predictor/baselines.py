@@ -1,11 +1,11 @@
 """Predictors to compare with. Knows Steps and routers; knows no files and no training loops.
 
-    Gate            the layer's own router on what the router `lead` layers before read; no training
-    Popularity      how often each expert was chosen
-    PreviousToken   what the token before chose
-    TraceMatching   MoE-Infinity's: the request so far, as a layers x experts matrix, against a library of such matrices
-    Oracle          the truth, looked up by the tokens so far; AlwaysWrong: its opposite
-    Control         the layer's own router on its own input: what must read 100 %, else the harness is wrong
+Gate            the layer's own router on what the router `lead` layers before read; no training
+Popularity      how often each expert was chosen
+PreviousToken   what the token before chose
+TraceMatching   MoE-Infinity's: the request so far, as a layers x experts matrix, against a library of such matrices
+Oracle          the truth, looked up by the tokens so far; AlwaysWrong: its opposite
+Control         the layer's own router on its own input: what must read 100 %, else the harness is wrong
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class _Plain:
 
 
 class Gate(_Plain):
-    """The next layer's gate on this layer's router input. Scores lie in 0..1, a half between the last chosen and the next."""
+    """The next layer's gate on this layer's router input. Scores: 0 to 1, a half between the last chosen and the next."""
 
     wants = frozenset({"hidden"})
 
@@ -208,6 +208,10 @@ class Oracle(_Plain):
 
     def __init__(self, recorded: Iterable[Step], experts: Sequence[int]):
         self.experts = list(experts)
+        self.remember(recorded)
+
+    def remember(self, recorded: Iterable[Step]) -> None:
+        """Know these sequences, and no others."""
         self._steps = list(recorded)
         self._at: dict[int, tuple[int, int]] = {}  # of all tokens up to a row: which step, which row
         for number, step in enumerate(self._steps):

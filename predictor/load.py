@@ -13,6 +13,7 @@ import json
 import math
 import re
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -139,7 +140,9 @@ def _head(about: Any, path: Path) -> tuple[str, Shape, int]:
         _need(sound and all(_is_int(n, 1, MAX_EXPERTS) for n in counts), f"has no sound {name!r}")
     fits = len(experts) == len(choices) and all(k <= e for k, e in zip(choices, experts, strict=True))
     _need(fits, "has choices that do not fit its experts")
-    _need(isinstance(fingerprint, str) and re.fullmatch(r"[0-9a-f]{8,128}", fingerprint) is not None, "has no fingerprint")
+    _need(
+        isinstance(fingerprint, str) and re.fullmatch(r"[0-9a-f]{8,128}", fingerprint) is not None, "has no fingerprint"
+    )
     _need(_is_int(about.get("lead"), 1, len(experts)), "has no sound 'lead'")
     _need(_is_int(about.get("dim"), 0, MAX_DIM), "has no sound 'dim'")
     return str(kind), Shape(fingerprint, tuple(experts), tuple(choices), about["dim"]), about["lead"]
@@ -196,8 +199,8 @@ def _half(tensor: torch.Tensor) -> torch.Tensor:
 def _pack_heads(p: Heads) -> tuple[dict[str, Any], Tensors]:
     heads = {layer: head for layer, head in enumerate(p.heads) if head is not None}
     units = next((head.out_weight.shape[1] for head in heads.values()), 0)
-    tensors = {f"{l}.{name}": _half(getattr(head, name)) for l, head in heads.items() for name in Head._fields[1:]}
-    return {"units": units, "layers": {str(l): [str(f) for f in head.wanted] for l, head in heads.items()}}, tensors
+    tensors = {f"{n}.{name}": _half(getattr(head, name)) for n, head in heads.items() for name in Head._fields[1:]}
+    return {"units": units, "layers": {str(n): [str(f) for f in head.wanted] for n, head in heads.items()}}, tensors
 
 
 def _heads_features(about: dict[str, Any], shape: Shape) -> dict[int, tuple[Feature, ...]]:
@@ -256,7 +259,7 @@ def _expect_mlp(about: dict[str, Any], shape: Shape, lead: int) -> dict[str, tup
     sides = mlp_sides(shape, widths)
     n_layers, e = len(shape.experts), max(shape.experts)
     expected: dict[str, tuple[int, ...]] = {"popularity": (n_layers, e), "affinity": (n_layers, e, e)}
-    for n, (a, b) in enumerate(zip(sides[:-1], sides[1:], strict=True)):
+    for n, (a, b) in enumerate(pairwise(sides)):
         expected |= {f"{n}.w": (b, a), f"{n}.b": (b,)}
     return expected
 

@@ -9,6 +9,7 @@ and features; knows no files, traces or training.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -34,7 +35,9 @@ class Shape(NamedTuple):
 class HeadNet(nn.Module):
     """One layer's head while it learns. `base_EN`: the gate as a matrix over the features."""
 
-    def __init__(self, base_EN: torch.Tensor, base_E: torch.Tensor, units: int, mean_N: torch.Tensor, std_N: torch.Tensor):
+    def __init__(
+        self, base_EN: torch.Tensor, base_E: torch.Tensor, units: int, mean_N: torch.Tensor, std_N: torch.Tensor
+    ):
         super().__init__()
         e, n = base_EN.shape
         self.base_EN, self.base_E = nn.Buffer(base_EN), nn.Buffer(base_E)
@@ -128,7 +131,7 @@ class MlpNet(nn.Module):
         sides = [n_in, *widths]
         blocks = [
             nn.Sequential(nn.Linear(a, b), nn.BatchNorm1d(b), nn.ReLU(), nn.Dropout(DROPOUT))
-            for a, b in zip(sides[:-1], sides[1:], strict=True)
+            for a, b in pairwise(sides)
         ]
         self.blocks, self.last = nn.Sequential(*blocks), nn.Linear(sides[-1], n_out)
 
@@ -139,9 +142,9 @@ class MlpNet(nn.Module):
     def folded(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Weights and biases in which BatchNorm is a scale and a shift of the linear before it."""
         found = []
-        for block in self.blocks:
-            linear: Any = block[0]
-            norm: Any = block[1]
+        blocks: Any = self.blocks
+        for block in blocks:
+            linear, norm, *_ = block.children()
             gain = norm.weight / torch.sqrt(norm.running_var + norm.eps)
             found.append((linear.weight * gain[:, None], (linear.bias - norm.running_mean) * gain + norm.bias))
         return [*found, (self.last.weight.detach().clone(), self.last.bias.detach().clone())]

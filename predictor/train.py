@@ -21,7 +21,17 @@ from duoserve.routers import Router
 from predictor.baselines import Popularity, TraceMatching, matrix, normal
 from predictor.features import Feature, features, path
 from predictor.load import KINDS, Training
-from predictor.model import ExpertMLP, Head, HeadNet, Heads, MlpNet, Shape, head_features, mlp_sides, preattention_features
+from predictor.model import (
+    ExpertMLP,
+    Head,
+    HeadNet,
+    Heads,
+    MlpNet,
+    Shape,
+    head_features,
+    mlp_sides,
+    preattention_features,
+)
 from predictor.score import slot_recall
 from traces.store import Recorded, Traces
 
@@ -56,7 +66,7 @@ def check(options: Options, layers: int) -> None:
 
     need(options.kind in KINDS, f"no kind {options.kind!r}", f"kinds: {', '.join(KINDS)}")
     need(options.split in ("prompt", "token"), f"no split {options.split!r}", "give --split prompt or token")
-    shares = 0 < options.validation and 0 < options.test and options.validation + options.test < 0.9
+    shares = options.validation > 0 and options.test > 0 and options.validation + options.test < 0.9
     what = f"validation {options.validation:g} and test {options.test:g} leave too little"
     need(shares, what, "each more than 0, together less than 0.9")
     need(1 <= options.lead < layers, f"a lead of {options.lead} with {layers} MoE layers", f"give 1 to {layers - 1}")
@@ -211,7 +221,9 @@ def _ids(step: Step, layer: int) -> torch.Tensor:
 def _learn_heads(data: Data, options: Options, say: Say) -> Heads:
     n = len(data.shape.experts)
     if options.kind == "pre-attention" and not data.inputs:
-        raise Refusal("E_TRACE", "the trace has no inputs of decoder layers", "record it with `duoserve trace --hidden`")
+        raise Refusal(
+            "E_TRACE", "the trace has no inputs of decoder layers", "record it with `duoserve trace --hidden`"
+        )
     heads: list[Head | None] = []
     for layer in range(n):
         pre = options.kind == "pre-attention"
