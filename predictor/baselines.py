@@ -16,7 +16,7 @@ import torch
 
 from duoserve.core import Step, When
 from duoserve.routers import Router
-from predictor.features import before, hidden, real_rows, route_weights, summed
+from predictor.features import before, real_rows, route_weights, summed
 from predictor.model import Shape
 
 NOTHING: frozenset[str] = frozenset()
@@ -82,9 +82,13 @@ class Control(Gate):
 
     @torch.inference_mode()
     def rank_rows(self, step: Step, layer: int) -> torch.Tensor:
-        router, x_TD = self.routers[layer], hidden(step, layer)
-        assert router is not None and x_TD is not None, layer
-        return router.scores(x_TD).cpu()
+        router, route = self.routers[layer], step.route(layer)
+        assert router is not None and route is not None and route.hidden_TD is not None, layer
+        scores_TE = router.scores(route.hidden_TD).cpu()
+        top_TK = scores_TE.topk(
+            route.ids_TK.shape[1], dim=1
+        ).indices  # scores in bf16 tie; they break as the router's do
+        return scores_TE.softmax(dim=1).scatter_add(1, top_TK, torch.ones(top_TK.shape))
 
 
 class Popularity(_Plain):

@@ -48,28 +48,24 @@ def _by_predictor(reports: list[Report], folder: Path) -> Path:
     axes.barh(y, first, 0.62, color=colours)
     axes.scatter([f["recall_k2"] for f in figures], y, 46, color=SOFT, zorder=3)
     for at, share in zip(y, first, strict=True):
-        axes.text(
-            max(share - 0.012, 0.07), at, f"{100 * share:.1f} %", va="center", ha="right", color="white", weight="bold"
-        )
+        axes.text(max(share - 0.012, 0.07), at, f"{100 * share:.1f} %", va="center", ha="right", color="white")
     axes.set_yticks(y, [r.name for r in reports])
     best = reports[-1]
     k = best.shape.choices[-1]
     axes.set_title(f"{_capital(best.name)} finds {100 * first[-1]:.0f} % of the next layer's experts\n", color=INK)
-    axes.set_xlabel(
-        f"share of the chosen experts found: bar, with {k} guesses; dot, with {k + 2}; light bars are not trained"
-    )
+    axes.set_xlabel(f"share of the chosen experts found: bar, with {k} guesses; dot, with {k + 2}; light: not trained")
     _percent(axes.xaxis, axes.set_xlim)
     return _saved(figure, folder / "recall_by_predictor.png")
 
 
 def _by_layer(reports: list[Report], folder: Path) -> Path:
     figure, axes = plt.subplots(figsize=(8.6, 4.8))
-    for n, report in enumerate(reversed(reports)):
+    for at, report in enumerate(reversed(reports)):
         k = report.shape.choices
-        shares = [report.at(l).figures(k[l], report.arrive)["slot_recall"] for l in report.layers]
+        shares = [report.at(n).figures(k[n], report.arrive)["slot_recall"] for n in report.layers]
         line = "-" if report.entry.domains is not None else "--"
         axes.plot(
-            report.layers, shares, line, marker=MARKS[n % 8], color=LINES[n % 8], label=report.name, linewidth=1.8
+            report.layers, shares, line, marker=MARKS[at % 8], color=LINES[at % 8], label=report.name, linewidth=1.8
         )
     axes.set_title("How well each layer can be foretold\n", color=INK)
     axes.set_xlabel("MoE layer that is guessed")

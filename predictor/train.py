@@ -338,13 +338,13 @@ def _learn_mlp(data: Data, options: Options, say: Say) -> ExpertMLP:
     def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for rows in torch.randperm(learn.rows, generator=generator).split(per_layer):
             some = _picked(learn, rows)
-            targets = [torch.from_numpy(_indicators(_ids(some, l), sides[-1])).float() for l in layers]
+            targets = [torch.from_numpy(_indicators(_ids(some, n), sides[-1])).float() for n in layers]
             if len(rows) * len(layers) > 1:  # a batch of one has no variance
-                yield torch.cat([state(some, l) for l in layers]), torch.cat(targets)
+                yield torch.cat([state(some, n) for n in layers]), torch.cat(targets)
 
     def recall() -> float:
         few = _picked(held, torch.arange(min(held.rows, 20_000)))
-        found = [slot_recall(net(state(few, l))[:, : data.shape.experts[l]], _ids(few, l)) for l in layers]
+        found = [slot_recall(net(state(few, n))[:, : data.shape.experts[n]], _ids(few, n)) for n in layers]
         return float(np.mean(found))
 
     _fit(net, batches, math.ceil(learn.rows / per_layer), recall, options, say)
