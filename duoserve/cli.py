@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from duoserve import learning
+from duoserve import learning, tracing
 from duoserve.config import size
 from duoserve.core import Refusal, nearest
 from duoserve.version import __version__
@@ -348,6 +348,7 @@ def _shown_progress() -> Iterator[Progress]:
     yield line
 
 
+tracing.register(app)
 learning.register(app)
 
 

@@ -24,16 +24,20 @@ from tokenizers import Tokenizer
 
 ROOT = Path(__file__).parent.parent
 FREE = ("PSF-2.0", "PostgreSQL", "Artistic or GPL-1+")
-APACHE = Source("apache2-doc", "Apache-2.0", "/usr/share/doc/apache2-doc/manual/en", "**/*.html", r"/(sitemap|convenience)")
+APACHE = Source(
+    "apache2-doc", "Apache-2.0", "/usr/share/doc/apache2-doc/manual/en", "**/*.html", r"/(sitemap|convenience)"
+)
 SHORT, LONG = (40, 160), (120, 480)  # tokens
 MOST_BYTES = 300_000  # of a committed file
 TURN = re.compile(r"<\|(system|user|assistant)\|>\n")
 
 
 def pieces(document, many, tokens, tokenizer):
-    """Up to `many` stretches of a document's text that begin with a block of prose, each with its number of blocks before."""
+    """Up to `many` stretches of a document's text that begin with prose, each with the number of its first block."""
     rng = random.Random(f"{document.source}/{document.path}")
-    begins = [at for at, block in enumerate(document.blocks) if len(block.text) > 60 and block.kind not in ("pre", "dt")]
+    begins = [
+        at for at, block in enumerate(document.blocks) if len(block.text) > 60 and block.kind not in ("pre", "dt")
+    ]
     begins = sorted(rng.sample(begins, min(many, len(begins))))
     for at, following in zip(begins, [*begins[1:], None], strict=False):
         text = cut(render(document.blocks[at:following]), rng.randint(*tokens), tokenizer)

@@ -106,10 +106,10 @@ class Recorder:
             self.rows += self._writer.write(columns)
         self._flushed = time.monotonic()
 
-    def close(self, **figures: float | None) -> None:
-        """Flush, and note what is known only now: layer_s, slab_s."""
+    def close(self, layer_s: float | None = None, slab_s: float | None = None) -> None:
+        """Flush, and note the figures that are known only now."""
         self.flush()
-        self._writer.describe(replace(self.about, **figures))
+        self._writer.describe(replace(self.about, layer_s=layer_s, slab_s=slab_s))
 
     def _row_bytes(self, step: Step) -> int:
         route = step.routes[0] if step.routes else None

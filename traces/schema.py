@@ -13,7 +13,7 @@
 | token | int32 | its id; -1 where the caller gave embeddings |
 | phase | string | prefill or decode |
 | layer | int16 | MoE layers only, from 0 |
-| ids, weights | list of uint16, float32 | what the router chose, in its order; an id equal to the number of experts is none |
+| ids, weights | list of uint16, float32 | the router's choice, in its order; an id equal to the number of experts is none |
 | hidden, input | list of float16 | the router's input, and what entered the decoder layer; only with `--hidden` |
 
 Within a sequence, a later step that begins at position p cancels earlier rows at p and behind it: drafts that were rejected.
@@ -56,7 +56,7 @@ def part_schema(fingerprint: str, width: int | None, states: tuple[str, ...] = (
 class PromptInfo(NamedTuple):
     """Where a sequence came from. `digest`: of the prompt's token ids; `n_tokens`: of the prompt."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # a tuple has a method of this name
     id: str
     domain: str
     digest: str

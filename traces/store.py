@@ -86,7 +86,7 @@ class Writer:
         _replace(self.folder / ABOUT, json.dumps(about.to_json(), indent=1).encode())
 
     def prompts(self, prompts: list[PromptInfo], kept: dict[int, int] | None = None) -> None:
-        """All prompts so far, before the first part that has rows of theirs. `kept`: tokens that count, where some do not."""
+        """All prompts so far, before the first part with rows of theirs. `kept`: tokens that count, where some do not."""
         kept = kept or {}
         lines = (p._asdict() | ({"kept": kept[p.index]} if p.index in kept else {}) for p in prompts)
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
@@ -379,10 +379,9 @@ class _Rows:
             return None if values is None else [values[b:e] for b, e in zip(begins, ends, strict=True)]
 
         rows = slice(start, start + n)
-        named = (self._of[name][rows] for name in ("step", "position", "token"))
-        return _Piece(
-            sequence, *named, self._decode[rows], lists(self._ids), lists(self._weights), *map(states, STATES)
-        )
+        step_S, position_S, token_S = (self._of[name][rows] for name in ("step", "position", "token"))
+        chosen = (lists(self._ids), lists(self._weights), states("hidden"), states("input"))
+        return _Piece(sequence, step_S, position_S, token_S, self._decode[rows], *chosen)
 
 
 def _one(column: pa.ChunkedArray) -> Any:
