@@ -61,6 +61,11 @@ class Ahead:
         self._begun = None
         self.asked = self.in_time = self.too_late = 0
 
+    @property
+    def n_bytes(self) -> int:
+        """Of memory that the predictor holds on the device."""
+        return self.predictor.n_bytes if self.predictor is not None else 0
+
     def begin(self, step: Step) -> None:
         """A pass begins: decode passes of few rows are guessed for, while that pays."""
         self._drop()
@@ -76,9 +81,10 @@ class Ahead:
 
     def spoken(self, step: Step | None, layer: int, needed: Collection[int]) -> None:
         """A layer's router has spoken, its route is noted: withdraw other guesses about it, ask about the layers after."""
+        began, withdrawn = self._transfer.settle(layer, needed)
         if not self._guessing or step is None:
             return
-        self._settle(layer, needed)
+        self._learn(layer, began, withdrawn)
         self._choices = max(1, len(needed))
         lead = self.predictor.lead if self.predictor is not None else 1
         for after in (layer + 1, layer + lead):
@@ -136,20 +142,21 @@ class Ahead:
     def _ask(self, step: Step, layer: int) -> None:
         predictor, ranking = self.predictor, Ranking(layer)
         assert predictor is not None, layer
-        n = min(self._choices + 2, self._experts[layer])
+        n = min(self._choices, self._experts[layer])
 
         def rank() -> None:
-            ranking.experts = predictor.rank(step, layer).topk(n).indices.tolist()
+            best = predictor.rank(step, layer).topk(n)
+            ranking.experts = best.indices[best.values > 0].tolist()
 
         self.asked += 1
         ranking.thought = self._think(rank)
         self._due.append(ranking)
 
-    def _settle(self, layer: int, needed: Collection[int]) -> None:
+    def _learn(self, layer: int, began: int, withdrawn: int) -> None:
+        """How many guesses about a layer can begin in time."""
         late = [ranking for ranking in self._due if ranking.layer == layer and not ranking.issued]
         self.too_late += len(late)
         self._due = [ranking for ranking in self._due if ranking.layer != layer]
-        began, withdrawn = self._transfer.settle(layer, needed)
         if began or withdrawn:
             self.in_time += 1
             more = began if withdrawn else began + 1

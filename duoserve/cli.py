@@ -50,6 +50,18 @@ Trunk = Annotated[
 Dtype = Annotated[str | None, typer.Option(help="Arithmetic and trunk: bfloat16, float32 or float16.")]
 DeviceName = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
 Ctx = Annotated[str | None, typer.Option(help="Tokens of context to plan for, such as 4096 or 32k.")]
+PolicyName = Annotated[
+    str, typer.Option("--policy", help="duoserve; or lru, on-demand: the same slots without guesses, to compare with.")
+]
+PredictorName = Annotated[
+    str | None,
+    typer.Option(
+        "--predictor", help="What guesses ahead: a folder that `train` wrote, gate, none. Default: the demo's own."
+    ),
+]
+Link = Annotated[
+    str | None, typer.Option(help="Slow copies to so many bytes per second, such as 500MB: for experiments, CPU only.")
+]
 Threads = Annotated[int | None, typer.Option(help="Threads of arithmetic. Default: the real cores that may be used.")]
 CacheDir = Annotated[str | None, typer.Option(help="Where converted stores are kept.")]
 
@@ -84,11 +96,14 @@ def chat(
     ] = False,
     cache_dir: CacheDir = None,
     threads: Threads = None,
+    policy: PolicyName = "duoserve",
+    predictor: PredictorName = None,
+    link: Link = None,
 ) -> None:
     """Chat with a model in the terminal, or answer one --prompt."""
     where = {"budget": budget, "format": format, "trunk": trunk, "dtype": dtype, "device": device, "ctx": ctx}
-    more = {"cache_dir": cache_dir, "threads": threads}
-    with _engine(model, where | more) as engine:
+    more = {"cache_dir": cache_dir, "threads": threads, "policy": policy, "link": link}
+    with _engine(model, where | more, predictor) as engine:
         from duoserve import repl
 
         sampling = repl.sampling(max_new_tokens, temperature, top_p, seed)
@@ -285,16 +300,16 @@ def _confirm(chosen: list[Shelved]) -> None:
 
 
 @contextmanager
-def _engine(model: str | None, options: dict[str, Any]) -> Iterator[Engine]:
+def _engine(model: str | None, options: dict[str, Any], predictor: str | None = None) -> Iterator[Engine]:
     from duoserve.config import EngineConfig
 
     EngineConfig.of(**options)  # refuse before torch is imported
     if sys.stderr.isatty():
         print(f"loading {model or 'the demo'} ...", file=sys.stderr, flush=True)
-    from duoserve.engine import load
+    from duoserve.opening import load
 
     with _progress() as progress:
-        engine = load(model, progress=progress, **options)
+        engine = load(model, progress=progress, predictor=predictor, **options)
     try:
         yield engine
     finally:

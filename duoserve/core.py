@@ -100,10 +100,11 @@ class When(Enum):
 class Predictor(Protocol):
     """Guesses which experts a layer's router will choose, from the part of a Step that is known before it speaks.
 
-    `rank` gives scores (E,), float32 on the host, larger is likelier: the expected number of the step's rows that choose
-    each expert, where the predictor is calibrated; `rank_rows` the same for each row, (T, E). Both look at the step only
-    as `when(layer)` says and raise nothing. In a pass of several rows per sequence (a recorded prompt) each row is guessed
-    as if it were decoded alone: it may look at earlier rows' routes of any layer, at its own only up to layer - lead.
+    `rank` gives scores (E,), float32 on the host, larger is likelier, 0 or less where it does not expect an expert at all;
+    where it is calibrated, the expected number of the step's rows that choose the expert. `rank_rows` gives the same for
+    each row, (T, E). Both look at the step only as `when(layer)` says and raise nothing. In a pass of several rows per
+    sequence (a recorded prompt) each row is guessed as if it were decoded alone: it may look at earlier rows' routes of any
+    layer, at its own only up to layer - lead.
     `observe` receives each finished Step in order, for predictors that keep account of a sequence.
     """
 

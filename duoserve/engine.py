@@ -28,6 +28,7 @@ from duoserve.manifest import is_store
 from duoserve.model import load_model
 from duoserve.moe import Cancelled
 from duoserve.plan import Plan, check_memory, compute_dtype, default_budget, make_plan, trunk_format
+from duoserve.routers import Router, routers_of
 from duoserve.shelf import cache_dir, note_use, refuse_half_made
 from duoserve.sizing import CACHE
 from duoserve.store import Store
@@ -60,7 +61,13 @@ class Answer:
         return self.text
 
 
-def load(model: str | os.PathLike[str] | None = None, *, progress: Progress | None = None, **options: Any) -> Engine:
+def load(
+    model: str | os.PathLike[str] | None = None,
+    *,
+    progress: Progress | None = None,
+    predictor: Predictor | None = None,
+    **options: Any,
+) -> Engine:
     """Open MODEL (checkpoint folder, expert store, hub id, or None for the demo) within a memory budget.
 
     Options: `budget` "6GiB", "15%" (of the bf16 checkpoint), "min" (two slots), "half" (of the experts), or bytes;
@@ -69,7 +76,9 @@ def load(model: str | os.PathLike[str] | None = None, *, progress: Progress | No
     linears and head, quantised while loading; on the CPU int4 unless the experts are bf16. `dtype` of the rest and of
     arithmetic (default: bfloat16); with "float32" and no `format`, experts stay unquantised, so that logits equal the
     stock float32 model's. `device` auto, cpu, cuda. `threads` of torch's arithmetic, in all of this process (default:
-    $OMP_NUM_THREADS, else the real cores that may be used). `progress` is told of a download or conversion: bytes done,
+    $OMP_NUM_THREADS, else the real cores that may be used). `predictor` guesses ahead while that pays, its memory counted
+    in the budget. `policy` duoserve, or, to compare with, lru or on-demand (`duoserve.core.Policy`). `link` slows copies to
+    so many bytes per second, for experiments (CPU). `progress` is told of a download or conversion: bytes done,
     in all, what.
     Unknown options, and budgets below the smallest, raise `Refusal` (a ValueError) of one line.
     """
@@ -80,9 +89,12 @@ def load(model: str | os.PathLike[str] | None = None, *, progress: Progress | No
     with contextlib.ExitStack() as unless_loaded:
         device = open_device(config.device, parse_size(config.link, "link") if config.link is not None else None)
         unless_loaded.callback(device.close)
-        opened = _opened(folder, config, device, progress, "half" if model is None else None)
+        extra = predictor.n_bytes if predictor is not None else 0
+        opened = _opened(folder, config, device, progress, "half" if model is None else None, extra)
         unless_loaded.callback(opened.store.close)
         engine = Engine(*opened, device, Policy(config.policy))
+        if predictor is not None:
+            engine.predict(predictor)
         gc.collect()  # the meta models that planning made
         give_back()
         unless_loaded.pop_all()
@@ -97,14 +109,19 @@ class _Opened(NamedTuple):
 
 
 def _opened(
-    folder: Path, config: EngineConfig, device: Device, progress: Progress | None, default: str | None
+    folder: Path,
+    config: EngineConfig,
+    device: Device,
+    progress: Progress | None,
+    default: str | None,
+    predictor_bytes: int,
 ) -> _Opened:
     """The store behind MODEL, converted if need be, but not before its plan is known to fit."""
     if is_store(folder):
         store = Store(folder)
         note_use(folder)
         try:
-            return _planned(store, config, device, default)
+            return _planned(store, config, device, default, predictor_bytes)
         except BaseException:
             store.close()
             raise
@@ -114,14 +131,15 @@ def _opened(
     dtype = compute_dtype(config.dtype, str(conversion.checkpoint.dtype).removeprefix("torch."))
     _tokenizer(folder)  # refuse before an hour of converting
     trunk = trunk_format(config, format, dtype, device.name)
-    plan = make_plan(conversion.size, conversion.checkpoint.config, dtype, config, _free(device), default, trunk)
+    free, model_config = _free(device), conversion.checkpoint.config
+    plan = make_plan(conversion.size, model_config, dtype, config, free, default, trunk, predictor_bytes)
     _check_memory(plan, device)
     store = write_store(conversion, cache_dir(config.cache_dir) / conversion.name, progress)
     note_use(store.folder)
     return _Opened(store, plan, dtype, trunk)
 
 
-def _planned(store: Store, config: EngineConfig, device: Device, default: str | None) -> _Opened:
+def _planned(store: Store, config: EngineConfig, device: Device, default: str | None, predictor_bytes: int) -> _Opened:
     if config.format not in (None, store.format):
         raise Refusal("E_FORMAT", f"the store is {store.format}, asked was {config.format}", "convert the checkpoint")
     if config.dtype == "float32" == store.dtype and store.layouts[0].plain != "float32":
@@ -131,7 +149,8 @@ def _planned(store: Store, config: EngineConfig, device: Device, default: str | 
         )
     dtype = compute_dtype(config.dtype, store.dtype)
     trunk = trunk_format(config, store.format, dtype, device.name)
-    plan = make_plan(store.size, read_config(store.folder), dtype, config, _free(device), default, trunk)
+    free, model_config = _free(device), read_config(store.folder)
+    plan = make_plan(store.size, model_config, dtype, config, free, default, trunk, predictor_bytes)
     _check_memory(plan, device)
     return _Opened(store, plan, dtype, trunk)
 
@@ -263,18 +282,24 @@ class Engine:
             )
         self.runtime.predict(predictor, always)
 
+    def routers(self) -> list[Router | None]:
+        """The model's routers as plain values, one for each MoE layer; None where a family keeps them in another shape."""
+        return routers_of(self.model, [layer.module for layer in self.store.layers])
+
     def stats(self) -> dict[str, Any]:
         """Figures since loading: experts hit, in flight, missed; bytes; planned against used memory. Bytes and seconds."""
         counts = self.runtime.transfer.counts()
         copy, last = self.device.copy, self._last
         used = {
             "trunk_bytes": trunk_bytes(self.model),
+            "predictor_bytes": self.runtime.ahead.n_bytes,
             "scratch_bytes": self.plan.scratch_bytes,
             "kv_bytes": self._watch.kv_peak_bytes,
             "slots_bytes": self.runtime.transfer.memory.numel(),
         }
         planned = {
             "trunk_bytes": self.plan.trunk_bytes,
+            "predictor_bytes": self.plan.predictor_bytes,
             "scratch_bytes": self.plan.scratch_bytes,
             "kv_bytes": self.plan.kv_bytes,
             "slots_bytes": self.plan.slots * self.plan.slot_bytes,

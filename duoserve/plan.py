@@ -1,6 +1,6 @@
 """What fits: trunk, keys and values, slots. Knows sizes and the budget; the same arithmetic that the engine allocates by.
 
-budget >= trunk + scratch + KV(ctx) + slots * slab,   at least two slots, at most one per expert
+budget >= trunk + predictor + scratch + KV(ctx) + slots * slab,   at least two slots, at most one per expert
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ class Plan:
 
     budget_bytes: int
     trunk_bytes: int
+    predictor_bytes: int
     scratch_bytes: int  # for unpacking a stretch of a matrix
     kv_bytes: int
     slot_bytes: int
@@ -49,7 +50,9 @@ class Plan:
 
     @property
     def planned_bytes(self) -> int:
-        return self.trunk_bytes + self.scratch_bytes + self.kv_bytes + self.slots * self.slot_bytes
+        return (
+            self.trunk_bytes + self.predictor_bytes + self.scratch_bytes + self.kv_bytes + self.slots * self.slot_bytes
+        )
 
     def kv_of(self, batch: int, length: int) -> int:
         """Bytes that keys and values of `batch` sequences of `length` tokens take, at most."""
@@ -130,6 +133,7 @@ def make_plan(
     free_bytes: int,
     default: str | None = None,
     trunk: str = "bf16",
+    predictor_bytes: int = 0,
 ) -> Plan:
     """Divide the budget. Raises Refusal with the smallest budget where it does not suffice.
 
@@ -142,20 +146,22 @@ def make_plan(
         warnings.warn(
             f"a context of {floor} tokens is more than the {sizes.limit} the model was made for", stacklevel=2
         )
-    fixed = sizes.trunk_bytes + sizes.scratch_bytes + sizes.kv_bytes(floor)
+    resident = sizes.trunk_bytes + predictor_bytes + sizes.scratch_bytes
+    fixed = resident + sizes.kv_bytes(floor)
     smallest = fixed + min(MIN_SLOTS, store.n_experts) * store.slab_bytes
     asked = options.budget if options.budget is not None else default
     budget = _budget_bytes(asked, store, smallest, fixed, free_bytes)
     if budget < smallest:
-        raise _too_small(budget, smallest, sizes, floor, store)
+        raise _too_small(budget, smallest, sizes, predictor_bytes, floor, store)
     slots = min(store.n_experts, (budget - fixed) // store.slab_bytes)
     ctx = floor
     if options.ctx is None and slots == store.n_experts:
-        ctx = _longest(sizes, floor, budget - sizes.trunk_bytes - sizes.scratch_bytes - slots * store.slab_bytes)
+        ctx = _longest(sizes, floor, budget - resident - slots * store.slab_bytes)
     token = sizes.kv_bytes(2) - sizes.kv_bytes(1)
     return Plan(
         budget_bytes=budget,
         trunk_bytes=sizes.trunk_bytes,
+        predictor_bytes=predictor_bytes,
         scratch_bytes=sizes.scratch_bytes,
         kv_bytes=sizes.kv_bytes(ctx),
         slot_bytes=store.slab_bytes,
@@ -200,9 +206,10 @@ def trunk_format(config: EngineConfig, format: str, dtype: torch.dtype, device: 
     return config.trunk or ("bf16" if exact or device != "cpu" else "int4")
 
 
-def _too_small(budget: int, smallest: int, sizes: Sizes, ctx: int, store: StoreSize) -> Refusal:
+def _too_small(budget: int, smallest: int, sizes: Sizes, predictor_bytes: int, ctx: int, store: StoreSize) -> Refusal:
+    predictor = f"predictor {size(predictor_bytes)}, " if predictor_bytes else ""
     parts = (
-        f"trunk {size(sizes.trunk_bytes)}, scratch {size(sizes.scratch_bytes)}, keys and values of {ctx} tokens "
+        f"trunk {size(sizes.trunk_bytes)}, {predictor}scratch {size(sizes.scratch_bytes)}, keys and values of {ctx} tokens "
         f"{size(sizes.kv_bytes(ctx))} and {MIN_SLOTS} slots of {size(store.slab_bytes)}"
     )
     return Refusal(

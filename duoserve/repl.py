@@ -173,9 +173,31 @@ def stats_text(s: dict[str, Any], reused: int) -> str:
         f"last answer   {ttft}, then {rate}; {s['new_tokens']} new tokens, {s['prompt_tokens']} prompt ({reused} kept)\n"
         f"experts       {share['hits']:.1%} hit, {share['in_flight']:.1%} in flight, {share['misses']:.1%} missed; "
         f"{s['slots']} of {s['experts']} fit\n"
+        f"guesses       {_guesses(s)}\n"
         f"moved         {size(s['bytes_moved'])}, {link}\n"
         f"memory        {size(s['used_bytes'])} used of {size(s['planned_bytes'])} planned, budget {size(s['budget_bytes'])}"
     )
+
+
+def _guesses(s: dict[str, Any]) -> str:
+    """Whether experts are guessed ahead, why, and what became of the guesses."""
+    p = s["prediction"]
+    if p is None:
+        return "none: no predictor"
+    if p["error"]:
+        return f"none: the predictor failed ({p['error']})"
+    settled = s["guesses_ready"] + s["guesses_late"] + s["guesses_wrong"]
+    became = f"{s['guesses']} begun"
+    if settled:
+        names = ("ready", "late", "wrong")
+        became += ", of those settled " + ", ".join(f"{s['guesses_' + name] / settled:.0%} {name}" for name in names)
+    measured = ""
+    if p["with_s"] is not None:
+        with_ms, without_ms = 1e3 * p["with_s"], 1e3 * p["without_s"]
+        measured = (
+            f" ({with_ms:.2f} ms a token with, {without_ms:.2f} without; {p['trials']} trials, {p['flips']} changes)"
+        )
+    return f"{p['predictor']}, {p['decision']}{measured}; {became}"
 
 
 def _guarded(act: Any) -> Any:

@@ -67,7 +67,7 @@ class Transfer:
         self._weights: dict[tuple[int, int], dict[str, Weight | torch.Tensor]] = {}
         self.hits = self.in_flight = self.misses = self.guesses = 0
         self.ready = self.late = self.wrong = 0
-        self._guessed: dict[Key, Guess] = {}  # in decode, until the layer's router speaks
+        self._guessed: dict[Key, Guess] = {}  # until the layer's router speaks
         self.waiting = 0  # experts of the running layer that have no slot yet
 
     def slab(self, slot: Slot) -> torch.Tensor:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import toys
+from guessers import Dice
 from hubs import COMMIT, Hub, reach, serving
 
 import duoserve
@@ -211,6 +212,12 @@ CASES: list[tuple[str, str, int, str, Callable[[Kit], Any]]] = [
     ("E_SIZE", "a share of nothing", 2, r"'0%' is not a share; .*15%", lambda k: parse_share("0%")),
     ("E_COUNT", "a context in words", 2, r"ctx 'many' .*4096 or 32k", lambda k: EngineConfig.of(ctx="many")),
     ("E_CTX", "a context of nothing", 2, r"of 0 tokens .*at least 1", lambda k: EngineConfig(ctx=0)),
+    ("E_PREDICTOR_MODEL", "a predictor of another model", 2, r"for model 0123, this is [0-9a-f]{32}; train",
+     lambda k: k.load().predict(Dice(6, fingerprint="0123"))),
+    ("E_OPTION", "a policy that guesses nothing", 2, r"'lru' fetches on demand, it guesses 0 experts; leave",
+     lambda k: duoserve.load(k.toy("mixtral"), policy="lru", predictor="gate")),
+    ("E_OPTION", "an unknown policy", 2, r"'lfu'; did you mean 'lru'", lambda k: EngineConfig(policy="lfu")),
+    ("E_SIZE", "a link of no size", 2, r"link 'fast' is not a size; write", lambda k: EngineConfig(link="fast")),
     ("E_OPTION", "an unknown option", 2, r"'budjet'; did you mean 'budget'", lambda k: EngineConfig.of(budjet="1")),
     ("E_OPTION", "an unknown format", 2, r"'int5'; did you mean 'int4'", lambda k: EngineConfig(format="int5")),
     ("E_OPTION", "an unknown dtype", 2, r"'bfloat61'; did you mean 'bfloat16'", lambda k: EngineConfig(dtype="bfloat61")),

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from guessers import Dice
 
 from duoserve.cache import ExpertCache
 from duoserve.codec import Layout, Param
@@ -62,7 +63,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Machine:
     """A runtime over the numbered store, with one part slowed and, if asked, one edge taken away."""
 
-    def __init__(self, folder: Path, slots: int, slow: str, without: str | None = None, host: int = 0):
+    def __init__(
+        self, folder: Path, slots: int, slow: str, without: str | None = None, host: int = 0, guessing: bool = False
+    ):
         self.store, self.corrupt, self.slow = Store(folder), 0, slow
         self.device = ThreadDevice(copy_threads=2, threaded_compute=True, host_tier=host > 0)
         cache = ExpertCache(slots, [EXPERTS] * LAYERS)
@@ -77,6 +80,8 @@ class Machine:
             release = transfer.release
             transfer.release = lambda slot, read: release(slot, DONE)
         self.runtime = Runtime(self.device, cache, transfer)
+        if guessing:
+            self.runtime.predict(Dice(EXPERTS), always=True)
 
     def _slow_copies(self) -> None:
         """Half a slab, a pause, the whole slab: whoever reads too early sees the former tenant's second half."""
@@ -128,6 +133,16 @@ def test_no_corrupt_read_in_1000_steps(folder: Path, slow: str) -> None:
 @pytest.mark.parametrize("slow", ["copies", "compute"])
 def test_no_corrupt_read_with_a_host_tier_between(folder: Path, slow: str) -> None:
     assert Machine(folder, 5, slow, host=9).run(100) == 0
+
+
+@pytest.mark.parametrize("slow", ["copies", "compute"])
+@pytest.mark.parametrize("host", [0, 9])
+def test_no_corrupt_read_while_dice_guess(folder: Path, slow: str, host: int) -> None:
+    for slots in (2, 5, 7):
+        machine = Machine(folder, slots, slow, host=host, guessing=True)
+        assert machine.run(150, seed=slots) == 0
+        counts = machine.runtime.transfer.counts()
+        assert slots == 2 or (counts.guesses and counts.wrong), counts
 
 
 def test_a_reader_that_does_not_wait_for_the_copy_is_caught(folder: Path) -> None:

@@ -100,7 +100,9 @@ def test_three_tiers_give_the_same_logits_as_two(toy: Any, cache: Any, monkeypat
 
     logits, slab_bytes = [], 8192
     for tiers in (2, 3):
-        monkeypatch.setattr(engine, "open_device", lambda name, link, tiers=tiers: device.ThreadDevice(host_tier=tiers == 3))
+        monkeypatch.setattr(
+            engine, "open_device", lambda name, link, tiers=tiers: device.ThreadDevice(host_tier=tiers == 3)
+        )
         monkeypatch.setattr(model, "available_ram", lambda: plan.CPU_MARGIN[0] + 9 * slab_bytes)
         with duoserve.load(toy("qwen3_moe"), budget="min", cache_dir=str(cache)) as opened, torch.no_grad():
             logits += [opened.model(toys.ids(seed=seed)).logits for seed in range(3)]

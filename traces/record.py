@@ -26,11 +26,18 @@ _F16 = torch.finfo(torch.float16).max
 __all__ = ["About", "PromptInfo", "Recorder", "about"]
 
 
-def about(fingerprint: str, dtype: torch.dtype, experts: list[int], choices: list[int], **rest: Any) -> About:
-    """An `About` of this version."""
-    return About(
-        VERSION, fingerprint, str(dtype).removeprefix("torch."), experts, choices, rest.pop("hidden", False), **rest
-    )
+def about(
+    fingerprint: str,
+    dtype: torch.dtype,
+    experts: list[int],
+    choices: list[int],
+    hidden: bool = False,
+    residency: float | None = None,
+    options: dict[str, Any] | None = None,
+) -> About:
+    """An `About` of this version, the figures still to come."""
+    name = str(dtype).removeprefix("torch.")
+    return About(VERSION, fingerprint, name, experts, choices, hidden, None, None, residency, options or {})
 
 
 @dataclass

@@ -30,7 +30,8 @@ from duoserve.core import Refusal
 
 VERSION = 1
 ABOUT, PROMPTS = "trace.json", "prompts.jsonl"
-KEY_VERSION, KEY_FINGERPRINT = b"duoserve.trace", b"duoserve.fingerprint"  # metadata of every part
+# metadata of every part
+KEY_VERSION, KEY_FINGERPRINT, KEY_COLUMNS = b"duoserve.trace", b"duoserve.fingerprint", b"duoserve.columns"
 PHASES = ("prefill", "decode")
 REMEDY = "record it again"
 MAX_EXPERTS = 1 << 16
@@ -50,7 +51,8 @@ def part_schema(fingerprint: str, width: int | None, states: tuple[str, ...] = (
     for name in states:
         of = pa.list_(pa.field("element", pa.float16(), nullable=False), width or 0)
         fields.append(pa.field(name, of, nullable=False))
-    return pa.schema(fields, metadata={KEY_VERSION: str(VERSION), KEY_FINGERPRINT: fingerprint})
+    said = {KEY_VERSION: str(VERSION), KEY_FINGERPRINT: fingerprint, KEY_COLUMNS: " ".join(f.name for f in fields)}
+    return pa.schema(fields, metadata=said)
 
 
 class PromptInfo(NamedTuple):

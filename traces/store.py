@@ -24,6 +24,7 @@ from duoserve.headers import MAX_JSON, bounded_json, read_json, regular_size
 from duoserve.routers import ROUTERS, Router, load_routers, routers_as_file
 from traces.schema import (
     ABOUT,
+    KEY_COLUMNS,
     KEY_FINGERPRINT,
     KEY_VERSION,
     PHASES,
@@ -216,12 +217,11 @@ class Traces:
     def sequences(self, indices: Collection[int] | None = None, hidden: bool = True) -> Iterator[Recorded]:
         """Each recorded sequence, or those in `indices`; without `hidden` the hidden states stay on disk."""
         wanted = None if indices is None else {int(i) for i in indices}
-        opened = [self._open(part) for part in self.parts]
-        spans = [self._span(part, file) for part, file in zip(self.parts, opened, strict=True)]
+        spans = [self._span(part, self._open(part)) for part in self.parts]
         pending: dict[int, list[_Piece]] = {}
-        for number, (part, file, span) in enumerate(zip(self.parts, opened, spans, strict=True)):
+        for number, (part, span) in enumerate(zip(self.parts, spans, strict=True)):
             if wanted is None or any(span[0] <= s <= span[1] for s in wanted):
-                for piece in self._pieces(part, file, wanted, hidden):
+                for piece in self._pieces(part, span, wanted, hidden):
                     pending.setdefault(piece.sequence, []).append(piece)
             rest = spans[number + 1 :]
             for sequence in sorted(pending):
@@ -272,14 +272,17 @@ class Traces:
             raise Refusal("E_TRACE", what, REMEDY, 5)
         return low, high
 
-    def _pieces(self, part: Path, about: pq.ParquetMetaData, wanted: set[int] | None, hidden: bool) -> Iterator[_Piece]:
+    def _pieces(self, part: Path, span: tuple[int, int], wanted: set[int] | None, hidden: bool) -> Iterator[_Piece]:
         try:
             with pq.ParquetFile(part, page_checksum_verification=True) as file:
-                names = [n for n in file.schema_arrow.names if hidden or n not in STATES]
+                names = file.schema_arrow.names
+                if names != (file.metadata.metadata or {})[KEY_COLUMNS].decode().split():
+                    raise ValueError("columns other than written")
+                names = [n for n in names if hidden or n not in STATES]
                 table = file.read(columns=names)
                 width = {n: file.schema_arrow.field(n).type.list_size for n in STATES if n in names}
             rows = _Rows(table, width)
-            rows.check(self.about)
+            rows.check(self.about, span)
         except Exception as error:
             raise _damaged(part, error) from error
         for sequence, start, stop in rows.spans():
@@ -342,13 +345,15 @@ class _Rows:
         self._ids, self._weights = (lists[n].values.to_numpy() for n in ("ids", "weights"))
         self._states = {n: _one(table.column(n)).flatten().to_numpy().reshape(-1, width[n]) for n in width}
 
-    def check(self, about: About) -> None:
+    def check(self, about: About, span: tuple[int, int]) -> None:
         """Whether everything is within what the trace says of itself; ValueError says what is not."""
         layer, sequence = self._of["layer"].astype(np.int64), self._of["sequence"].astype(np.int64)
         if not len(layer) or layer.min() < 0 or layer.max() >= len(about.experts) or self._of["position"].min() < 0:
             raise ValueError("a layer or position out of range")
         if np.any(np.diff(sequence * len(about.experts) + layer) < 0):
             raise ValueError("rows out of order")
+        if (sequence[0], sequence[-1]) != span:
+            raise ValueError("other sequences than it says")
         k = np.diff(self._offsets)
         if np.any(k != np.array(about.choices)[layer]):
             raise ValueError("other than the stated number of choices")
