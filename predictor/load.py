@@ -113,7 +113,7 @@ def check_model(predictor: Any, fingerprint: str) -> None:
     theirs = predictor.fingerprint
     if theirs is not None and theirs != fingerprint:
         what = f"the predictor {predictor.name!r} was trained for model {theirs}, this one is {fingerprint}"
-        raise Refusal("E_PREDICTOR", what, "train one from a trace of this model")
+        raise Refusal("E_PREDICTOR_MODEL", what, "train one from a trace of this model")
 
 
 class _Unsound(ValueError):
