@@ -92,7 +92,6 @@ class Run(NamedTuple):
 
 def record(engine: Engine, prompts: list[Prompt], out: Path, run: Run, progress: Any = None) -> tuple[bool, str]:
     """Run all prompts into a new trace. Whether all of them ran (Ctrl-C ends it), and one line on what was written."""
-    from duoserve.routers import routers_of
     from traces.record import Recorder, about
 
     batches = _batches(engine, prompts, run)
@@ -102,7 +101,7 @@ def record(engine: Engine, prompts: list[Prompt], out: Path, run: Run, progress:
         hidden=run.hidden, residency=engine.plan.residency,
         options=run._asdict() | {"format": engine.store.format, "trunk": engine.trunk},
     )  # fmt: skip
-    recorder = Recorder(out, known, routers_of(engine.model, [layer.module for layer in layers]), _ends(engine))
+    recorder = Recorder(out, known, engine.routers(), _ends(engine))
     clock = _Clock()
     before = engine.stats()
     hook = engine.model.register_forward_pre_hook(clock.begin)

@@ -21,7 +21,6 @@ import toys
 
 from duoserve import cli, tracing
 from duoserve.core import Phase, Refusal, Route, Step
-from duoserve.routers import routers_of
 from duoserve.sizing import CACHE
 from traces import record, stats
 from traces.plots import draw
@@ -37,7 +36,7 @@ def recorder(engine: Any, folder: Path, choices: int = 2, hidden: bool = False, 
     layers = engine.store.layers
     experts = [layer.n_experts for layer in layers]
     about = record.about(engine.store.fingerprint, engine.dtype, experts, [choices] * len(experts), hidden)
-    made = Recorder(folder, about, routers_of(engine.model, [layer.module for layer in layers]), **options)
+    made = Recorder(folder, about, engine.routers(), **options)
     engine.runtime.observers.append(made)
     return made
 
