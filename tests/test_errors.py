@@ -33,6 +33,7 @@ from duoserve.needs import count_passes
 from duoserve.outlook import look
 from duoserve.profile import read_profile
 from duoserve.store import Store
+from predictor.load import load_folder
 from traces.store import Traces
 
 ROOT = Path(__file__).parent.parent
@@ -364,6 +365,10 @@ CASES: list[tuple[str, str, int, str, Callable[[Kit], Any]]] = [
      lambda k: traced(k, "one two three four five six seven eight nine ten", ctx=8)),
     ("E_CTX", "a traced batch beyond the context", 4, r"9 prompts of up to \d tokens with \d new ones .* of 8; lower",
      lambda k: traced(k, "a", ctx=8)),
+    ("E_PREDICTOR", "a folder that is no predictor", 3, r"holds no predictor\.json; give a folder that `duoserve train`",
+     lambda k: load_folder(k.tmp / "nothing")),
+    ("E_PREDICTOR", "a predictor from the future", 5, r"version 9, this program reads 1; train it again",
+     lambda k: load_folder(k.folder(predictor__json={"version": 9}))),
     ("E_TRACE", "a folder that is no trace", 3, r"holds no trace\.json; give",
      lambda k: k.command("trace-stats", str(k.tmp))),
     ("E_TRACE", "a trace from the future", 5, r"version 9, this program reads \d+; record",
