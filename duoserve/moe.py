@@ -35,7 +35,7 @@ class Runtime:
         self.device, self.cache, self.transfer, self.policy = device, cache, transfer, policy
         self._per_layer = [layer.n_experts for layer in transfer.store.layers]
         self.ahead = Ahead(cache, transfer, self._per_layer, self._think)
-        self.decode = Decode(cache, transfer, policy, self.ahead)
+        self.decode = Decode(transfer, policy, self.ahead)
         self.prefill = Prefill(cache, transfer, self._per_layer, policy)
         self.observers: list[Observer] = []
         self.steps = 0
