@@ -53,6 +53,7 @@ class Ahead:
         self._asked: list[Ranking] = []  # in this pass
         self._due: list[Ranking] = []  # of those, the ones that may still become guesses
         self._begun: float | None = None  # guesses per layer that began in time, a running mean
+        self._spoken: tuple[Step, int] | None = None
         self._choices = 1  # experts that the running pass's rows choose in a layer, at most
         self.asked = self.in_time = self.too_late = 0  # rankings
 
@@ -82,13 +83,20 @@ class Ahead:
             self._ask(step, layer)
 
     def spoken(self, step: Step | None, layer: int, needed: Collection[int]) -> None:
-        """A layer's router has spoken, its route is noted: withdraw other guesses about it, ask about the layers after."""
+        """A layer's router has spoken, its route is noted: withdraw what else was guessed about it."""
         with self._transfer.lock:
             began, withdrawn = self._transfer.settle(layer, needed)
             if not self._guessing or step is None:
                 return
             self._learn(layer, began, withdrawn)
         self._choices = max(1, len(needed))
+        self._spoken = (step, layer)
+
+    def ask(self) -> None:
+        """The needs of the layer whose router has spoken are on their way: ask about the layers after it."""
+        if self._spoken is None:
+            return
+        (step, layer), self._spoken = self._spoken, None
         lead = self.predictor.lead if self.predictor is not None else 1
         if layer + lead < len(self._experts) and self._when(layer + lead) is When.ROUTE:
             self._ask(step, layer + lead)
@@ -135,6 +143,8 @@ class Ahead:
         return self._choices if self._begun is None else int(self._begun + 0.5) + 1
 
     def _ask(self, step: Step, layer: int) -> None:
+        if self._cache.whole(layer):
+            return
         predictor, ranking = self.predictor, Ranking(layer)
         assert predictor is not None, layer
         n = min(self._choices, self._experts[layer])
@@ -183,6 +193,7 @@ class Ahead:
 
     def _drop(self) -> None:
         """The pass is over, with all guesses about it."""
+        self._spoken = None
         with self._transfer.lock:
             for ranking in self._due:
                 ranking.over = True

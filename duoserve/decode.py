@@ -24,5 +24,6 @@ class Decode:
             yield from self._transfer.one_by_one(keys)
             return
         for slot in self._transfer.through(keys):
+            self._ahead.ask()  # behind this layer's needs, which are on their way now
             yield slot
             self._ahead.push()
