@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from duoserve import tracing
 from duoserve.config import size
 from duoserve.core import Refusal, nearest
 from duoserve.version import __version__
@@ -360,6 +361,9 @@ def _shown_progress() -> Iterator[Progress]:
             print(f"{what}: {done >> 20} of {total >> 20} MiB{left}", file=sys.stderr, flush=True)
 
     yield line
+
+
+tracing.register(app)
 
 
 def main() -> None:

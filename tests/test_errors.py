@@ -23,7 +23,7 @@ from guessers import Dice
 from hubs import COMMIT, Hub, reach, serving
 
 import duoserve
-from duoserve import checkpoint, cli, codec, repl, shelf
+from duoserve import checkpoint, cli, codec, repl, shelf, tracing
 from duoserve.config import EngineConfig, parse_share
 from duoserve.convert import convert
 from duoserve.core import Key, Refusal
@@ -33,9 +33,11 @@ from duoserve.needs import count_passes
 from duoserve.outlook import look
 from duoserve.profile import read_profile
 from duoserve.store import Store
+from traces.store import Traces
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs" / "errors.md"
+PACKAGES = ("duoserve", "traces", "predictor")
 
 
 class Kit(NamedTuple):
@@ -145,6 +147,12 @@ def with_folder(kit: Kit) -> None:
     (kit.tmp / "stores" / "mixtral-aa-int4" / "conversion.json").write_text("{}")
     for item in shelf.on_shelf(kit.tmp / "stores"):
         shelf.remove(item)
+
+
+def traced(kit: Kit, text: str, ctx: int) -> None:
+    """Nine prompts at once."""
+    prompts = [tracing.Prompt("a", "d", text)] * 9
+    tracing.record(kit.load(ctx=ctx), prompts, kit.tmp / "trace", tracing.Run(batch=9))
 
 
 def few_modules(kit: Kit) -> Path:
@@ -339,6 +347,27 @@ CASES: list[tuple[str, str, int, str, Callable[[Kit], Any]]] = [
     ("E_PROMPT", "an empty prompt", 2, r"0 tokens; write at least one word", lambda k: k.load().generate("")),
     ("E_CTX", "a prompt longer than the context", 4, r"has \d+ tokens, the context 8; shorten",
      lambda k: k.load(ctx=8).generate("one two three four five six seven eight nine ten")),
+    ("E_PROMPTS", "prompts that are not there", 3, r"there is no .*/none; give",
+     lambda k: tracing.read_prompts(k.tmp / "none")),
+    ("E_PROMPTS", "a folder without prompts", 2, r"holds 0 prompts in 0 files; give", lambda k: tracing.read_prompts(k.tmp)),
+    ("E_PROMPTS", "a line that is no prompt", 2, r"a\.jsonl:2 has 0 prompts; give",
+     lambda k: tracing.read_prompts(k.folder(a__jsonl=b'{"text": "x"}\n{"txt": "x"}') / "a.jsonl")),
+    ("E_PROMPTS", "a line that is no JSON", 5, r"a\.jsonl:1 is not JSON .*; give",
+     lambda k: tracing.read_prompts(k.folder(a__jsonl=b"{") / "a.jsonl")),
+    ("E_PROMPTS", "prompts that are no text", 2, r"a\.txt is not UTF-8 at byte 3; give",
+     lambda k: tracing.read_prompts(k.folder(a__txt=b"caf\xe9"))),
+    ("E_PROMPTS", "prompts in another kind of file", 2, r"a\.csv is none of \.jsonl, \.txt, \.md; give",
+     lambda k: tracing.read_prompts(k.folder(a__csv=b"x") / "a.csv")),
+    ("E_EXISTS", "a trace into a full folder", 2, r"is not empty \(1 files\); give an empty",
+     lambda k: k.command("trace", "--prompts", str(k.folder(a__txt=b"x") / "a.txt"), "-o", str(k.tmp / "model"))),
+    ("E_CTX", "a traced prompt beyond the context", 4, r"prompt 'a' has \d+ tokens, the context 8; cut",
+     lambda k: traced(k, "one two three four five six seven eight nine ten", ctx=8)),
+    ("E_CTX", "a traced batch beyond the context", 4, r"9 prompts of up to \d tokens with \d new ones .* of 8; lower",
+     lambda k: traced(k, "a", ctx=8)),
+    ("E_TRACE", "a folder that is no trace", 3, r"holds no trace\.json; give",
+     lambda k: k.command("trace-stats", str(k.tmp))),
+    ("E_TRACE", "a trace from the future", 5, r"version 9, this program reads \d+; record",
+     lambda k: Traces(k.folder(trace__json={"schema": 9}))),
     ("E_CTX", "a batch beyond the plan", 4, r"1 x 17 tokens do not fit the 16 .*; load with a larger --ctx",
      lambda k: k.load(k.toy("mixtral"), ctx=16).model(toys.ids(1, 17))),
     ("E_TEMPLATE", "messages that are none", 2, r"0 messages.*; pass", lambda k: k.load().generate([])),
@@ -429,7 +458,7 @@ def test_a_chat_goes_on_after_a_line_that_is_no_text(
 def codes_in_source() -> set[str]:
     """Of every string in the package that begins with, or is followed as, a code."""
     found: set[str] = set()
-    for path in (ROOT / "duoserve").rglob("*.py"):
+    for path in (path for package in PACKAGES for path in (ROOT / package).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 found |= set(re.findall(r"(?:^|error: )(E_[A-Z0-9_]+)", node.value))
@@ -439,7 +468,7 @@ def codes_in_source() -> set[str]:
 def statuses_in_source() -> dict[str, set[int]]:
     """code -> exit statuses of its Refusals."""
     found: dict[str, set[int]] = {}
-    for path in (ROOT / "duoserve").rglob("*.py"):
+    for path in (path for package in PACKAGES for path in (ROOT / package).rglob("*.py")):
         if path.name == "core.py":  # where one Refusal is made from another
             continue
         for node in ast.walk(ast.parse(path.read_text())):

@@ -1,1 +1,1 @@
-"""Recorded Steps, for training predictors and replaying runs. Empty so far."""
+"""Recorded Steps, for training predictors, replaying runs and looking at what routers do."""

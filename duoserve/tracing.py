@@ -1,0 +1,348 @@
+"""The commands `trace` and `trace-stats`: prompts run through an engine while traces.record watches, and what a trace says.
+Knows files of prompts and the command line; knows nothing of Parquet, figures or pictures. Imports torch late.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+import typer
+
+from duoserve.config import EngineConfig
+from duoserve.core import Phase, Refusal, Step
+from duoserve.headers import bounded_json, regular_size
+
+if TYPE_CHECKING:
+    import torch
+
+    from duoserve.engine import Engine
+    from traces.record import Recorder
+
+INTERRUPTED = 130
+MAX_FILE, MAX_VALUES = 256 << 20, 100_000  # bytes of a file of prompts; JSON values of a line
+KINDS = (".jsonl", ".txt", ".md")
+_PROMPTS = "give .jsonl lines with prompt, text or messages, or .txt and .md files"
+Model = Annotated[
+    str | None, typer.Argument(help="Hub id, checkpoint folder or expert store; the bundled demo if left out.")
+]
+
+
+class Prompt(NamedTuple):
+    """What is run: a text, or messages for the model's chat template."""
+
+    id: str
+    domain: str
+    content: str | list[dict[str, str]]
+
+
+def trace(
+    model: Model = None,
+    *,
+    prompts: Annotated[Path, typer.Option("--prompts", help="A .jsonl, .txt or .md file, or a folder of them.")],
+    out: Annotated[Path, typer.Option("--output", "-o", help="A new folder for the trace.")],
+    hidden: Annotated[bool, typer.Option("--hidden", help="Also what routers and layers read, as float16.")] = False,
+    new_tokens: Annotated[int, typer.Option(min=1, help="At most this many tokens are made for each prompt.")] = 64,
+    batch: Annotated[int, typer.Option(min=1, help="Prompts that run together.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of the sampling, which is the model's own.")] = 0,
+    limit_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Cut longer prompts to this many tokens; else they are refused.")
+    ] = None,
+    budget: Annotated[str | None, typer.Option(help="Memory, as for `chat`.")] = None,
+    format: Annotated[str | None, typer.Option(help="Experts as int4 (default), nf4 or bf16.")] = None,
+    trunk: Annotated[str | None, typer.Option(help="Trunk as int4 (default on the CPU), nf4 or bf16.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Arithmetic: bfloat16, float32 or float16.")] = None,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+    ctx: Annotated[str | None, typer.Option(help="Tokens of context to plan for.")] = None,
+    cache_dir: Annotated[str | None, typer.Option(help="Where converted stores are kept.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of arithmetic.")] = None,
+) -> None:
+    """Run prompts and record what the model's routers decide, as Parquet, for `duoserve train` and `trace-stats`."""
+    options: dict[str, Any] = {"budget": budget, "format": format, "trunk": trunk, "dtype": dtype, "device": device}
+    options |= {"ctx": ctx, "cache_dir": cache_dir, "threads": threads}
+    EngineConfig.of(**options)  # refuse before torch is imported
+    found = read_prompts(prompts)
+    from traces.store import refuse_full
+
+    refuse_full(out)
+    from duoserve.engine import load
+
+    with load(model, progress=_loading(), **options) as engine:
+        run = Run(new_tokens, batch, seed, limit_tokens, hidden)
+        whole, written = record(engine, found, out, run, _progress())
+    print(written)
+    if not whole:
+        raise typer.Exit(INTERRUPTED)
+
+
+class Run(NamedTuple):
+    """How prompts are run."""
+
+    new_tokens: int = 64
+    batch: int = 1
+    seed: int = 0
+    limit_tokens: int | None = None
+    hidden: bool = False
+
+
+def record(engine: Engine, prompts: list[Prompt], out: Path, run: Run, progress: Any = None) -> tuple[bool, str]:
+    """Run all prompts into a new trace. Whether all of them ran (Ctrl-C ends it), and one line on what was written."""
+    from traces.record import Recorder, about
+
+    batches = _batches(engine, prompts, run)
+    layers = engine.store.layers
+    known = about(
+        engine.store.fingerprint, engine.dtype, [layer.n_experts for layer in layers], _choices(engine, batches[0]),
+        hidden=run.hidden, residency=engine.plan.residency,
+        options=run._asdict() | {"format": engine.store.format, "trunk": engine.trunk},
+    )  # fmt: skip
+    recorder = Recorder(out, known, engine.routers(), _ends(engine))
+    clock = _Clock()
+    before = engine.stats()
+    hook = engine.model.register_forward_pre_hook(clock.begin)
+    engine.runtime.observers += [clock, recorder]
+    try:
+        whole = _run(engine, batches, recorder, run, progress or (lambda *a: None))
+    finally:
+        hook.remove()
+        engine.runtime.observers.remove(recorder)
+        engine.runtime.observers.remove(clock)
+        recorder.close(clock.layer_s(len(layers)), _slab_s(before, engine))
+    n_bytes = sum(file.stat().st_size for file in out.iterdir())
+    what = f"{recorder.sequences} of {len(prompts)} prompts, {recorder.rows:,} rows, {n_bytes / 1e6:,.1f} MB"
+    return whole, f"{out}: {what}{'' if whole else '; interrupted, what is written is whole'}"
+
+
+def _run(engine: Engine, batches: list[_Batch], recorder: Recorder, run: Run, progress: Any) -> bool:
+    import torch
+
+    done, total = 0, sum(len(b.prompts) for b in batches)
+    try:
+        for number, batch in enumerate(batches):
+            for prompt in batch.prompts:
+                recorder.expect(prompt.id, prompt.domain)
+            torch.manual_seed(run.seed + number)
+            engine.generate(
+                input_ids=batch.ids_BS, attention_mask=batch.mask_BS, max_new_tokens=batch.new_tokens,
+                pad_token_id=batch.pad,
+            )  # fmt: skip
+            done += len(batch.prompts)
+            progress(done, total, recorder.rows)
+    except KeyboardInterrupt:
+        return False
+    return True
+
+
+class _Batch(NamedTuple):
+    prompts: list[Prompt]
+    ids_BS: torch.Tensor
+    mask_BS: torch.Tensor
+    new_tokens: int
+    pad: int
+
+
+def _batches(engine: Engine, prompts: list[Prompt], run: Run) -> list[_Batch]:
+    """All prompts as tokens, padded on the left; refused here, before any has run."""
+    encoded = [_encoded(engine, prompt, run.limit_tokens) for prompt in prompts]
+    config = engine.model.generation_config
+    pad = config.pad_token_id if config.pad_token_id is not None else next(iter(_ends(engine)), 0)
+    found = []
+    for at in range(0, len(prompts), run.batch):
+        rows = encoded[at : at + run.batch]
+        ids, mask = _padded(rows, pad)
+        new = min(run.new_tokens, engine.plan.ctx - ids.shape[1])
+        if not engine.plan.holds(len(rows), ids.shape[1] + new):
+            what = f"{len(rows)} prompts of up to {ids.shape[1]} tokens with {new} new ones do not fit the context"
+            raise Refusal("E_CTX", f"{what} of {engine.plan.ctx}", "lower --batch, or raise --ctx", 4)
+        found.append(_Batch(prompts[at : at + run.batch], ids, mask, new, pad))
+    return found
+
+
+def _padded(rows: list[torch.Tensor], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    import torch
+
+    longest = max(len(row) for row in rows)
+    ids = torch.stack([torch.cat([row.new_full((longest - len(row),), pad), row]) for row in rows])
+    mask = torch.stack([torch.arange(longest, device=row.device) >= longest - len(row) for row in rows]).long()
+    return ids, mask
+
+
+def _encoded(engine: Engine, prompt: Prompt, limit: int | None) -> torch.Tensor:
+    ids = engine.encode(prompt.content)[0][:limit]
+    if len(ids) >= engine.plan.ctx:
+        what = f"prompt {prompt.id!r} has {len(ids)} tokens, the context {engine.plan.ctx}"
+        raise Refusal("E_CTX", what, "cut prompts with --limit-tokens, or raise --ctx", 4)
+    return ids
+
+
+def _ends(engine: Engine) -> list[int]:
+    eos = engine.model.generation_config.eos_token_id
+    return eos if isinstance(eos, list) else [eos] if eos is not None else []
+
+
+def _choices(engine: Engine, batch: _Batch) -> list[int]:
+    """How many experts each layer's router chooses, as it does for one token."""
+    import torch
+
+    seen: list[Step] = []
+
+    def note(step: Step) -> None:
+        seen.append(step)
+
+    engine.runtime.observers.append(note)
+    try:
+        with torch.inference_mode():
+            engine.model(batch.ids_BS[:1, -1:], use_cache=False)
+    finally:
+        engine.runtime.observers.remove(note)
+    return [int(route.ids_TK.shape[-1]) for route in seen[0].routes]
+
+
+class _Clock:
+    """Seconds of each decode pass."""
+
+    def __init__(self) -> None:
+        self._began = 0.0
+        self._seconds: list[float] = []
+
+    def begin(self, module: Any, args: Any) -> None:
+        self._began = time.perf_counter()
+
+    def __call__(self, step: Step) -> None:
+        if step.phase is Phase.DECODE:
+            self._seconds.append(time.perf_counter() - self._began)
+
+    def layer_s(self, layers: int) -> float | None:
+        return statistics.median(self._seconds) / layers if self._seconds else None
+
+
+def _slab_s(before: dict[str, Any], engine: Engine) -> float | None:
+    """Seconds that the link was busy for each slab, since `before`."""
+    after = engine.stats()
+    slabs = (after["bytes_moved"] - before["bytes_moved"]) / engine.plan.slot_bytes
+    return (after["link_busy_s"] - before["link_busy_s"]) / slabs if slabs else None
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """The prompts of a file, or of all files under a folder but its READMEs, in order of their names."""
+    if not path.exists():
+        raise Refusal("E_PROMPTS", f"there is no {path}", _PROMPTS, 3)
+    files = [path]
+    if path.is_dir():
+        inside = (p for p in path.rglob("*") if p.is_file() and not p.name.startswith((".", "README")))
+        files = sorted(p for p in inside if p.suffix.lower() in KINDS)
+    found = [prompt for file in files for prompt in _prompts_of(file)]
+    if not found:
+        raise Refusal("E_PROMPTS", f"{path} holds 0 prompts in {len(files)} files", _PROMPTS)
+    return found
+
+
+def _prompts_of(file: Path) -> Iterator[Prompt]:
+    if file.suffix.lower() not in KINDS:
+        raise Refusal("E_PROMPTS", f"{file} is none of {', '.join(KINDS)}", _PROMPTS)
+    size = regular_size(file)
+    if not 0 <= size <= MAX_FILE:
+        what = "is no plain file" if size < 0 else f"has {size:,} bytes, at most {MAX_FILE:,} are read"
+        raise Refusal("E_PROMPTS", f"{file} {what}", _PROMPTS)
+    try:
+        text = file.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise Refusal("E_PROMPTS", f"{file} is not UTF-8 at byte {error.start}", _PROMPTS) from error
+    if file.suffix.lower() != ".jsonl":
+        if text.strip():
+            yield Prompt(file.stem, file.resolve().parent.name, text)
+        return
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            yield _prompt(line, file, number)
+
+
+def _prompt(line: str, file: Path, number: int) -> Prompt:
+    where = f"{file}:{number}"
+    try:
+        data = bounded_json(line.encode(), where, _PROMPTS, MAX_VALUES)
+    except Refusal as refusal:
+        raise refusal.under("E_PROMPTS") from refusal
+    data = data if isinstance(data, dict) else {}
+    content = next((data[name] for name in ("prompt", "text", "messages") if name in data), None)
+    chat = isinstance(content, list) and all(_is_message(m) for m in content)
+    if not content or not (chat or isinstance(content, str)):
+        raise Refusal("E_PROMPTS", f"{where} has 0 prompts", _PROMPTS)
+    id, domain = data.get("id", f"{file.stem}-{number}"), data.get("domain", file.stem)
+    return Prompt(str(id)[:200], str(domain)[:200], content)
+
+
+def _is_message(data: Any) -> bool:
+    return isinstance(data, dict) and all(isinstance(data.get(name), str) for name in ("role", "content"))
+
+
+def _loading() -> Callable[[int, int, str], None]:
+    """Of fetching and converting a model, a line every 5 s."""
+    said = time.monotonic()
+
+    def say(done: int, total: int, what: str) -> None:
+        nonlocal said
+        if not total or time.monotonic() - said >= 5:
+            said = time.monotonic()
+            print(f"{what}: {done >> 20} of {total >> 20} MiB" if total else what, file=sys.stderr, flush=True)
+
+    return say
+
+
+def _progress() -> Callable[[int, int, int], None]:
+    """Of running prompts: rewritten in a terminal, else a line every 5 s."""
+    began = said = time.monotonic()
+    terminal = sys.stderr.isatty()
+
+    def say(done: int, total: int, rows: int) -> None:
+        nonlocal said
+        now = time.monotonic()
+        if now - said < (0.2 if terminal else 5) and not (terminal and done == total):
+            return
+        said = now
+        left = (now - began) * (total - done) / done
+        line = f"{done} of {total} prompts, {rows:,} rows written, {left:.0f} s left"
+        print(
+            f"\r\x1b[K{line}" if terminal else line,
+            end="\n" * (not terminal or done == total),
+            file=sys.stderr,
+            flush=True,
+        )
+
+    return say
+
+
+def trace_stats(
+    folder: Annotated[Path, typer.Argument(help="A folder that `duoserve trace` made.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    plots: Annotated[Path | None, typer.Option("--plots", help="A folder for pictures (PNG).")] = None,
+) -> None:
+    """What a trace says of a model's routers: popularity, affinity, entropy, reuse, repetition, and what LRU would hit."""
+    from traces import stats
+    from traces.store import Traces
+
+    traces = Traces(folder)
+    found = stats.measure(traces)
+    if plots is not None:
+        from traces.plots import draw
+
+        for path in draw(found, plots):
+            print(path, file=sys.stderr)
+    if as_json:
+        print(json.dumps(stats.to_json(found)))
+        return
+    rows = stats.table(found)
+    widths = [max(len(row[n]) for row in rows) for n in range(3)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def register(app: typer.Typer) -> None:
+    """Add both commands."""
+    app.command("trace")(trace)
+    app.command("trace-stats")(trace_stats)
