@@ -109,7 +109,7 @@ def main():
     apache = deduplicate(read_source(APACHE))
     write(options.train, [
         *texts(training, 1500, 1, LONG, tokenizer),
-        *chats(training, 400, 1, "chat"),
+        *chats(training, 400, 1, "questions"),
     ])  # fmt: skip
     write(options.out / "documentation.jsonl", texts(held_out, 240, 4, SHORT, tokenizer), MOST_BYTES)
     write(options.out / "apache.jsonl", texts(apache, 140, 2, SHORT, tokenizer), MOST_BYTES)
