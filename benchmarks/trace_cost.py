@@ -1,9 +1,10 @@
-"""What recording a trace costs decode: windows of the same tokens with and without the recorder, taking turns in one process.
+"""What recording a trace costs decode: windows of the same tokens with and without the recorder take turns in one process.
 
 python -m benchmarks.trace_cost [--seconds 60] [--hidden] [--model MODEL] [--budget half]
 
-A window decodes 64 tokens behind a prompt of 32, greedily. The recorder flushes as it does for `duoserve trace`, by the clock,
-which also runs while the windows without it do: it flushes about twice as often for each token as it would.
+A window decodes 64 tokens behind a prompt of 32, greedily. The recorder flushes as it does for `duoserve trace`, by a clock
+that also runs while the windows without it do: it flushes about twice as often for each token as it would. Seconds of the
+processor are given beside those of the clock: on a machine that does other things the clock says little.
 """
 
 from __future__ import annotations
@@ -28,18 +29,18 @@ PROMPT, WINDOW = 32, 64  # tokens
 
 
 @torch.inference_mode()
-def window(engine: Any, ids_1S: torch.Tensor) -> float:
-    """Seconds of decoding WINDOW tokens; reading the prompt is not counted."""
+def window(engine: Any, ids_1S: torch.Tensor) -> tuple[float, float]:
+    """Seconds of decoding WINDOW tokens, by the clock and of this thread; reading the prompt is not counted."""
     out = engine.model(ids_1S, use_cache=True)
-    began = time.perf_counter()
+    began, thread = time.perf_counter(), time.thread_time()
     for _ in range(WINDOW):
         token = out.logits[:, -1:].argmax(-1)
         out = engine.model(token, use_cache=True, **{CACHE: out[CACHE]})
-    return time.perf_counter() - began
+    return time.perf_counter() - began, time.thread_time() - thread
 
 
 def measure(engine: Any, folder: Path, seconds: float, hidden: bool) -> dict[str, Any]:
-    prompts = [p for p in tracing.read_prompts(Path(__file__).parent / "prompts" / "documentation.jsonl")]
+    prompts = tracing.read_prompts(Path(__file__).parent / "prompts" / "documentation.jsonl")
     rows = [ids for p in prompts if (ids := engine.encode(p.content)[:, :PROMPT]).shape[1] == PROMPT]
     experts = [layer.n_experts for layer in engine.store.layers]
     batch = tracing._Batch(prompts[:1], rows[0], torch.ones_like(rows[0]), 1, 0)
@@ -47,8 +48,8 @@ def measure(engine: Any, folder: Path, seconds: float, hidden: bool) -> dict[str
     recorder = Recorder(
         folder, about(engine.store.fingerprint, engine.dtype, experts, choices, hidden), engine.routers()
     )
-    plain: list[float] = []
-    traced: list[float] = []
+    plain: list[tuple[float, float]] = []
+    traced: list[tuple[float, float]] = []
     window(engine, rows[0])
     began = time.monotonic()
     while time.monotonic() - began < seconds or len(traced) < 2:
@@ -58,14 +59,20 @@ def measure(engine: Any, folder: Path, seconds: float, hidden: bool) -> dict[str
             (traced if with_recorder else plain).append(window(engine, row))
     engine.runtime.observers.clear()
     recorder.close()
-    pairs = [t / p for t, p in zip(traced, plain, strict=True)]
     return {
         "windows": len(plain),
+        "rows": recorder.rows,
+        "clock": _compared([p[0] for p in plain], [t[0] for t in traced]),
+        "processor": _compared([p[1] for p in plain], [t[1] for t in traced]),
+    }
+
+
+def _compared(plain: list[float], traced: list[float]) -> dict[str, float]:
+    return {
         "plain_ms": 1e3 * statistics.median(plain) / WINDOW,
         "traced_ms": 1e3 * statistics.median(traced) / WINDOW,
-        "ratio_of_pairs": statistics.median(pairs),
+        "ratio_of_pairs": statistics.median(t / p for t, p in zip(traced, plain, strict=True)),
         "ratio_in_all": sum(traced) / sum(plain),
-        "rows": recorder.rows,
     }
 
 
@@ -81,10 +88,11 @@ def main() -> None:
         tempfile.TemporaryDirectory() as aside,
     ):
         found = measure(engine, Path(aside) / "trace", options.seconds, options.hidden)
-    print(f"{'decode, ms a token':22s} {found['plain_ms']:7.3f}")
-    print(f"{'with the recorder':22s} {found['traced_ms']:7.3f}")
-    print(f"{'ratio, median of pairs':22s} {found['ratio_of_pairs']:7.3f}")
-    print(f"{'ratio, flushes and all':22s} {found['ratio_in_all']:7.3f}")
+    names = {"plain_ms": "decode, ms a token", "traced_ms": "with the recorder"}
+    names |= {"ratio_of_pairs": "ratio, median of pairs", "ratio_in_all": "ratio, flushes and all"}
+    print(f"{'':22s} {'clock':>10s} {'processor':>10s}")
+    for key, name in names.items():
+        print(f"{name:22s} {found['clock'][key]:10.3f} {found['processor'][key]:10.3f}")
     print(json.dumps({"benchmark": "trace_cost", "hidden": options.hidden, **found, "machine": describe()}))
 
 

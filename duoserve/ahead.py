@@ -1,5 +1,5 @@
-"""What decode guesses ahead (DuoServe-MoE, section "decode"): asks a predictor beside the compute, turns its ranking into
-guesses while layers compute, and gives up what the router then contradicts. Chooses; moves no bytes, touches no stream.
+"""What decode guesses ahead (DuoServe-MoE, section "decode"): a predictor ranks beside the compute, on a thread of its own,
+which turns its ranking into guesses at once; what the router then contradicts is given up. Chooses; moves no bytes itself.
 
     layer l     router | experts compute ............. | attention of l + 1 | router of l + 1
     predictor          '- rank(l + 1) -.                                    |
@@ -25,17 +25,18 @@ SLOWLY = 0.1  # weight of the newest count in the running one of guesses that be
 
 
 class Ranking:
-    """The predictor's answer for one layer, once it is there: experts, likeliest first."""
+    """The predictor's answer for one layer: experts, likeliest first, and how far they were turned into guesses."""
 
     def __init__(self, layer: int):
         self.layer = layer
         self.thought: Event | None = None
-        self.experts: list[int] = []
+        self.experts: list[int] | None = None
         self.next = self.issued = 0
+        self.over = False  # the router has spoken
 
 
 class Ahead:
-    """One predictor's guesses for the passes of one model. All but the predictor itself runs on the model's thread."""
+    """One predictor's guesses for the passes of one model. Its state is guarded by the transfer's lock."""
 
     def __init__(
         self,
@@ -49,8 +50,10 @@ class Ahead:
         self.benefit = Benefit()
         self.error: str | None = None
         self._guessing = False
-        self._due: list[Ranking] = []
+        self._asked: list[Ranking] = []  # in this pass
+        self._due: list[Ranking] = []  # of those, the ones that may still become guesses
         self._begun: float | None = None  # guesses per layer that began in time, a running mean
+        self._spoken: tuple[Step, int] | None = None
         self._choices = 1  # experts that the running pass's rows choose in a layer, at most
         self.asked = self.in_time = self.too_late = 0  # rankings
 
@@ -80,38 +83,38 @@ class Ahead:
             self._ask(step, layer)
 
     def spoken(self, step: Step | None, layer: int, needed: Collection[int]) -> None:
-        """A layer's router has spoken, its route is noted: withdraw other guesses about it, ask about the layers after."""
-        began, withdrawn = self._transfer.settle(layer, needed)
-        if not self._guessing or step is None:
-            return
-        self._learn(layer, began, withdrawn)
+        """A layer's router has spoken, its route is noted: withdraw what else was guessed about it."""
+        with self._transfer.lock:
+            began, withdrawn = self._transfer.settle(layer, needed)
+            if not self._guessing or step is None:
+                return
+            self._learn(layer, began, withdrawn)
         self._choices = max(1, len(needed))
+        self._spoken = (step, layer)
+
+    def ask(self) -> None:
+        """The needs of the layer whose router has spoken are on their way: ask about the layers after it."""
+        if self._spoken is None:
+            return
+        (step, layer), self._spoken = self._spoken, None
         lead = self.predictor.lead if self.predictor is not None else 1
-        for after in (layer + 1, layer + lead):
-            asked_now = When.ROUTE if after == layer + lead else When.START
-            if after < len(self._experts) and self._when(after) is asked_now:
-                self._ask(step, after)
-                break
+        if layer + lead < len(self._experts) and self._when(layer + lead) is When.ROUTE:
+            self._ask(step, layer + lead)
+        if layer + 1 < len(self._experts) and self._when(layer + 1) is When.START:
+            self._ask(step, layer + 1)
 
     def push(self) -> None:
-        """Turn rankings that have come into guesses, as far as slots and the link allow; quick where there are none."""
-        while self._due and (thought := self._due[0].thought) is not None and thought.done:
-            ranking = self._due[0]
-            if thought.error is not None:
-                self._fail(thought.error)
-                return
-            while ranking.next < len(ranking.experts) and ranking.issued < self._room():
-                key = Key(ranking.layer, ranking.experts[ranking.next])
-                if self._cache.lookup(key) is None:
-                    if self._transfer.guess(key) is None:
-                        return  # no slot for it now
-                    ranking.issued += 1
-                ranking.next += 1
-            self._transfer.read_ahead([Key(ranking.layer, e) for e in ranking.experts[ranking.next :]])
-            self._due.pop(0)
+        """Go on with rankings that found no slot for a guess before; quick where there are none."""
+        if self._due:
+            with self._transfer.lock:
+                self._due = [ranking for ranking in self._due if not self._guess(ranking)]
 
     def finish(self, step: Step, seconds: float) -> None:
         """The pass took so long."""
+        for ranking in self._asked:
+            if ranking.thought is not None and ranking.thought.error is not None:
+                self._fail(ranking.thought.error)
+        self._asked.clear()
         self._drop()
         if self.predictor is None:
             return
@@ -140,34 +143,64 @@ class Ahead:
         return self._choices if self._begun is None else int(self._begun + 0.5) + 1
 
     def _ask(self, step: Step, layer: int) -> None:
+        if self._cache.whole(layer):
+            return
         predictor, ranking = self.predictor, Ranking(layer)
         assert predictor is not None, layer
         n = min(self._choices, self._experts[layer])
 
-        def rank() -> None:
+        def rank() -> None:  # on the predictor's thread
+            if ranking.over:
+                return
             best = predictor.rank(step, layer).topk(n)
             ranking.experts = best.indices[best.values > 0].tolist()
+            with self._transfer.lock:
+                self._guess(ranking)
 
         self.asked += 1
-        ranking.thought = self._think(rank)
+        self._asked.append(ranking)
         self._due.append(ranking)
+        ranking.thought = self._think(rank)
+
+    def _guess(self, ranking: Ranking) -> bool:
+        """Turn a ranking into guesses as far as slots and the link allow; True once nothing more is to come of it."""
+        if ranking.over:
+            return True
+        if ranking.experts is None:
+            return False
+        while ranking.next < len(ranking.experts) and ranking.issued < self._room():
+            key = Key(ranking.layer, ranking.experts[ranking.next])
+            if key not in self._cache:
+                if self._transfer.guess(key) is None:
+                    return False  # no slot for it now
+                ranking.issued += 1
+            ranking.next += 1
+        self._transfer.read_ahead([Key(ranking.layer, e) for e in ranking.experts[ranking.next :]])
+        ranking.over = True
+        return True
 
     def _learn(self, layer: int, began: int, withdrawn: int) -> None:
         """How many guesses about a layer can begin in time."""
-        late = [ranking for ranking in self._due if ranking.layer == layer and not ranking.issued]
-        self.too_late += len(late)
-        self._due = [ranking for ranking in self._due if ranking.layer != layer]
+        for ranking in self._due:
+            if ranking.layer == layer:
+                self.too_late += ranking.experts is None
+                ranking.over = True
+        self._due = [ranking for ranking in self._due if not ranking.over]
         if began or withdrawn:
             self.in_time += 1
             more = began if withdrawn else began + 1
             self._begun = more if self._begun is None else (1 - SLOWLY) * self._begun + SLOWLY * more
 
     def _drop(self) -> None:
-        self._due.clear()
-        self._transfer.settle(None, ())
+        """The pass is over, with all guesses about it."""
+        self._spoken = None
+        with self._transfer.lock:
+            for ranking in self._due:
+                ranking.over = True
+            self._due.clear()
+            self._transfer.settle(None, ())
 
     def _fail(self, error: BaseException) -> None:
         """A predictor that fails is not asked again; tokens do not depend on it."""
         self.error = f"{type(error).__name__}: {error}"
         self.predictor, self._guessing = None, False
-        self._due.clear()

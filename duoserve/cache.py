@@ -78,6 +78,10 @@ class ExpertCache:
         index = self._slot[self._at(key)]
         return self.slots[index] if index >= 0 else None
 
+    def whole(self, layer: int) -> bool:
+        """Whether all experts of a layer sit in slots."""
+        return bool((self._slot[self._first[layer] : self._first[layer + 1]] >= 0).all())
+
     def absent(self, layer: int) -> list[Key]:
         """The experts of a layer that sit in no slot."""
         first, end = self._first[layer], self._first[layer + 1]

@@ -7,22 +7,23 @@ from __future__ import annotations
 from collections.abc import Generator
 
 from duoserve.ahead import Ahead
-from duoserve.cache import ExpertCache, Slot
+from duoserve.cache import Slot
 from duoserve.core import Key, Policy
 from duoserve.transfer import Transfer
 
 
 class Decode:
-    def __init__(self, cache: ExpertCache, transfer: Transfer, policy: Policy, ahead: Ahead):
-        self._cache, self._transfer, self._policy, self._ahead = cache, transfer, policy, ahead
+    def __init__(self, transfer: Transfer, policy: Policy, ahead: Ahead):
+        self._transfer, self._policy, self._ahead = transfer, policy, ahead
 
     def run(self, layer: int, rows: int, tokens: dict[int, int]) -> Generator[Slot, None, None]:
         """Slots of the experts that one layer's route needs (`tokens`: expert -> rows), resident ones first."""
-        self._cache.turn(layer, rows, tokens)
+        self._transfer.turn(layer, rows, tokens)
         keys = [Key(layer, e) for e in tokens]
         if self._policy is Policy.ON_DEMAND:
             yield from self._transfer.one_by_one(keys)
             return
         for slot in self._transfer.through(keys):
+            self._ahead.ask()  # behind this layer's needs, which are on their way now
             yield slot
             self._ahead.push()

@@ -47,7 +47,9 @@ def train(
 
     if kind not in KINDS:
         raise Refusal("E_OPTION", f"no kind {kind!r}", f"kinds: {', '.join(KINDS)}")
-    options = Options(kind, Options().epochs if epochs is None else epochs, seed, split, validation, test, lead, units, tokens)
+    options = Options(
+        kind, Options().epochs if epochs is None else epochs, seed, split, validation, test, lead, units, tokens
+    )
     predictor, training = learn(Traces(trace), options, _Told())
     save_folder(out, kind, predictor, training)
     size = (out / TENSORS).stat().st_size

@@ -35,11 +35,12 @@ class Runtime:
         self.device, self.cache, self.transfer, self.policy = device, cache, transfer, policy
         self._per_layer = [layer.n_experts for layer in transfer.store.layers]
         self.ahead = Ahead(cache, transfer, self._per_layer, self._think)
-        self.decode = Decode(cache, transfer, policy, self.ahead)
+        self.decode = Decode(transfer, policy, self.ahead)
         self.prefill = Prefill(cache, transfer, self._per_layer, policy)
         self.observers: list[Observer] = []
         self.steps = 0
         self._step: Step | None = None
+        self._learns = self._hidden = self._inputs = False  # what the running pass is asked for
         self._former: Step | None = None  # the pass before, kept for predictors
         self._on_layer: Callable[[int, int], None] | None = None
         self._cancelled: Callable[[], bool] | None = None
@@ -82,11 +83,12 @@ class Runtime:
         step.previous, self._former = _followed(self._former, step), None
         self._step = step
         self.steps += 1
+        self._learns, self._hidden, self._inputs = self.learns, self.wants("hidden"), self.wants("inputs")
         self.ahead.begin(step)
 
     def enter(self, layer: int, x_TD: torch.Tensor) -> None:
         """A MoE layer's attention is about to read `x_TD`."""
-        if self._step is not None and self.wants("inputs"):
+        if self._step is not None and self._inputs:
             self._step.inputs[layer] = x_TD
             self.ahead.entered(self._step, layer)
         self.ahead.push()
@@ -160,9 +162,9 @@ class Runtime:
             self._on_layer(layer, len(self._per_layer))
 
     def _note(self, layer: int, ids: torch.Tensor, weights_TK: torch.Tensor, x_TD: torch.Tensor) -> None:
-        if self._step is not None and self.learns:
-            hidden = x_TD if self.wants("hidden") else None
-            self._step.routes.append(Route(layer, ids, self.device.read(weights_TK), hidden))
+        if self._step is not None and self._learns:
+            weights = self.device.read(weights_TK)
+            self._step.routes.append(Route(layer, ids, weights, x_TD if self._hidden else None))
 
 
 def _followed(former: Step | None, step: Step) -> Step | None:

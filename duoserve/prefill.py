@@ -27,7 +27,7 @@ class Prefill:
 
     def run(self, layer: int, rows: int, tokens: dict[int, int]) -> Generator[Slot, None, None]:
         """Slots of the experts that one layer's route needs (`tokens`: expert -> rows), resident ones first."""
-        self._cache.turn(layer, rows, tokens)
+        self._transfer.turn(layer, rows, tokens)
         busiest = sorted(tokens, key=lambda e: (-tokens[e], e))
         if self._policy is Policy.ON_DEMAND:
             yield from self._transfer.one_by_one([Key(layer, e) for e in busiest])

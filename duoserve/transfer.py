@@ -5,6 +5,9 @@ reader done) and for the former copy into the same slot. With a host tier, slabs
 
     store --disk--> host slab --link--> device slot        (CUDA)
     store ----------disk--------------> slot               (CPU: the slots are the host memory)
+
+Two threads come here: the model's, with needs, and the predictor's, with guesses. `lock` guards the cache and the book of
+guesses; nobody waits for a copy or computes while holding it.
 """
 
 from __future__ import annotations
@@ -66,6 +69,7 @@ class Transfer:
         self.memory = device.arena(len(cache.slots) * self.slab_bytes)
         self._weights: dict[tuple[int, int], dict[str, Weight | torch.Tensor]] = {}
         self.hits = self.in_flight = self.misses = self.guesses = 0
+        self.lock = threading.RLock()
         self.ready = self.late = self.wrong = 0
         self._guessed: dict[Key, Guess] = {}  # until the layer's router speaks
         self.waiting = 0  # experts of the running layer that have no slot yet
@@ -104,49 +108,51 @@ class Transfer:
 
         None where that leaves no slot. The slot is left unpinned: a demand may take it back.
         """
-        if self.waiting:
-            return None
-        offer = self.cache.offer(sparing=key.layer)
-        if offer is None or not all(event.done for event in offer.released):
-            return None
-        if offer.ready is not None and not offer.ready.done:
-            return None
-        former = (offer.key, offer.ready, offer.released)
-        slot = self.cache.claim(key, sparing=key.layer)
-        assert slot is offer, (slot, offer)
-        self.guesses += 1
-        self.fetch(slot, Lane.AHEAD)
-        self.cache.unpin(slot)
-        self._guessed[key] = Guess(slot, slot.ready, *former)
-        return slot
+        with self.lock:
+            if self.waiting:
+                return None
+            offer = self.cache.offer(sparing=key.layer)
+            if offer is None or not all(event.done for event in offer.released):
+                return None
+            if offer.ready is not None and not offer.ready.done:
+                return None
+            former = (offer.key, offer.ready, offer.released)
+            slot = self.cache.claim(key, sparing=key.layer)
+            assert slot is offer, (slot, offer)
+            self.guesses += 1
+            self.fetch(slot, Lane.AHEAD)
+            self.cache.unpin(slot)
+            self._guessed[key] = Guess(slot, slot.ready, *former)
+            return slot
 
     def settle(self, layer: int | None, needed: Collection[int]) -> tuple[int, int]:
         """A layer's router has spoken (None: the pass is over): withdraw guesses about it that are not needed and that
         nobody began. Returns how many were begun in time and how many not.
         """
         began = withdrawn = 0
-        for key in [key for key in self._guessed if layer is None or key.layer == layer]:
-            guess = self._guessed.pop(key)
-            if guess.slot.key != key or guess.slot.ready is not guess.copy:
-                withdrawn += 1  # a need took its slot
-            elif layer is not None and key.expert in needed:
-                done = guess.copy.done
-                self.ready, self.late = self.ready + done, self.late + (not done)
-                began += done or not self.device.copy.queued(guess.copy)
-            elif self.device.copy.cancel(guess.copy):
-                self.cache.restore(guess.slot, guess.former, guess.ready, guess.released)
-                self.guesses -= 1
-                withdrawn += 1
-            else:
-                self.wrong += 1
-                began += 1
+        with self.lock:
+            for key in [key for key in self._guessed if layer is None or key.layer == layer]:
+                guess = self._guessed.pop(key)
+                if guess.slot.key != key or guess.slot.ready is not guess.copy:
+                    withdrawn += 1  # a need took its slot
+                elif layer is not None and key.expert in needed:
+                    done = guess.copy.done
+                    self.ready, self.late = self.ready + done, self.late + (not done)
+                    began += done or not self.device.copy.queued(guess.copy)
+                elif self.device.copy.cancel(guess.copy):
+                    self.cache.restore(guess.slot, guess.former, guess.ready, guess.released)
+                    self.guesses -= 1
+                    withdrawn += 1
+                else:
+                    self.wrong += 1
+                    began += 1
         return began, withdrawn
 
     def read_ahead(self, keys: list[Key]) -> None:
         """Bring slabs from the disk to host memory, where there are such tiers; they take no slot."""
         if self.host is not None:
             for key in keys:
-                if self.cache.lookup(key) is None:
+                if key not in self.cache:
                     self.host.read_ahead(key)
 
     def through(self, keys: list[Key]) -> Iterator[Slot]:
@@ -158,43 +164,55 @@ class Transfer:
         resident: deque[Slot] = deque()
         arriving: deque[Slot] = deque()
         absent: deque[Key] = deque()
-        for key in keys:
-            slot = _whole(self.cache, key)
-            if slot is None:
-                absent.append(key)
-                continue
-            self.cache.pin(slot)
-            if slot.ready.done:
-                resident.append(slot)
-            else:
-                self._hurry(slot)
-                arriving.append(slot)
+        with self.lock:
+            for key in keys:
+                slot = _whole(self.cache, key)
+                if slot is None:
+                    absent.append(key)
+                    continue
+                self.cache.pin(slot)
+                if slot.ready.done:
+                    resident.append(slot)
+                else:
+                    self._hurry(slot)
+                    arriving.append(slot)
+            self.waiting = len(absent)
         self.hits, self.in_flight = self.hits + len(resident), self.in_flight + len(arriving)
         self.misses += len(absent)
         try:
             while resident or arriving or absent:
-                while absent and (slot := self.cache.claim(absent[0])) is not None:
+                while absent and (slot := self._demand(absent[0])) is not None:
                     absent.popleft()
-                    arriving.append(self.fetch(slot, Lane.DEMAND))
-                self.waiting = len(absent)
+                    arriving.append(slot)
                 assert resident or arriving, f"no slot is free for {absent[0]} and none will be"
                 yield (resident or arriving).popleft()
         finally:  # an error above leaves nothing pinned
+            self.waiting = 0
             for slot in (*resident, *arriving):
                 self.abandon(slot)
+
+    def _demand(self, key: Key) -> Slot | None:
+        """A slot that is being filled with what is needed now; None while all are in use."""
+        with self.lock:
+            slot = self.cache.claim(key)
+            if slot is not None:
+                self.waiting -= 1
+                self.fetch(slot, Lane.DEMAND)
+            return slot
 
     def one_by_one(self, keys: list[Key]) -> Iterator[Slot]:
         """The same without any overlap (synchronous on-demand): an absent expert is fetched and waited for in its turn."""
         for key in keys:
-            slot = _whole(self.cache, key)
-            if slot is None:
-                self.misses += 1
-                slot = self.cache.claim(key)
-                assert slot is not None, f"no slot is free for {key}"
-                self.fetch(slot, Lane.DEMAND)
-            else:
-                self.hits += 1
-                self.cache.pin(slot)
+            with self.lock:
+                slot = _whole(self.cache, key)
+                if slot is None:
+                    self.misses += 1
+                    slot = self.cache.claim(key)
+                    assert slot is not None, f"no slot is free for {key}"
+                    self.fetch(slot, Lane.DEMAND)
+                else:
+                    self.hits += 1
+                    self.cache.pin(slot)
             try:
                 slot.ready.wait()
             except BaseException:
@@ -210,12 +228,19 @@ class Transfer:
 
     def release(self, slot: Slot, read: Event) -> None:
         """The work behind `read` was the slot's last reader for now."""
-        slot.released = (read,)
-        self.cache.unpin(slot)
+        with self.lock:
+            slot.released = (read,)
+            self.cache.unpin(slot)
 
     def abandon(self, slot: Slot) -> None:
         """Nobody will read it now: hand the slot back."""
-        self.cache.unpin(slot)
+        with self.lock:
+            self.cache.unpin(slot)
+
+    def turn(self, layer: int, rows: int, chosen: dict[int, int]) -> None:
+        """A layer's router has spoken: what the pool keeps follows from that (`ExpertCache.turn`)."""
+        with self.lock:
+            self.cache.turn(layer, rows, chosen)
 
     def counts(self) -> Counts:
         return Counts(self.hits, self.in_flight, self.misses, self.guesses, self.ready, self.late, self.wrong)

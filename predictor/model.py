@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from duoserve.core import Step, When
 from predictor.features import Feature, features, path, path_width, summed
+from predictor.onerow import OneRow
 
 WIDTHS = (2048, 1024, 512, 256, 128, 64)  # of ExpertMLP's hidden layers; the seventh layer gives the experts
 DROPOUT = 0.1
@@ -93,6 +94,7 @@ class Heads:
         tensors = [t for head in heads if head is not None for t in head[1:]]
         self.n_params = sum(t.numel() for t in tensors)
         self.n_bytes = sum(t.numel() * t.element_size() for t in tensors)
+        self._single: dict[int, OneRow] = {}
         self._when = [self._latest(layer) for layer in range(len(self.heads))]
 
     def when(self, layer: int) -> When | None:
@@ -109,10 +111,19 @@ class Heads:
 
     @torch.inference_mode()
     def rank(self, step: Step, layer: int) -> torch.Tensor:
+        if step.rows == 1 and _on_host(step):
+            return self._one_row(layer).rank(step)
         return summed(step, self.rank_rows(step, layer))
 
     def observe(self, step: Step) -> None:
         pass
+
+    def _one_row(self, layer: int) -> OneRow:
+        if layer not in self._single:
+            head = self.heads[layer]
+            assert head is not None, layer
+            self._single[layer] = OneRow(head.wanted, self.shape.experts, self.shape.dim, *head[1:])
+        return self._single[layer]
 
     def _latest(self, layer: int) -> When | None:
         head = self.heads[layer]
@@ -121,6 +132,13 @@ class Heads:
         if any(f == Feature("input", layer) for f in head.wanted):
             return When.INPUT
         return When.ROUTE
+
+
+def _on_host(step: Step) -> bool:
+    """Whether what the step holds lies in host memory."""
+    held = next((route.hidden_TD for route in step.routes if route.hidden_TD is not None), None)
+    held = held if held is not None else next(iter(step.inputs.values()), None)
+    return held is None or held.device.type == "cpu"
 
 
 class MlpNet(nn.Module):

@@ -47,8 +47,9 @@ def _by_predictor(reports: list[Report], folder: Path) -> Path:
     colours = [TRAINED if r.entry.domains is not None else UNTRAINED for r in reports]
     axes.barh(y, first, 0.62, color=colours)
     axes.scatter([f["recall_k2"] for f in figures], y, 46, color=SOFT, zorder=3)
-    for at, share in zip(y, first, strict=True):
-        axes.text(max(share - 0.012, 0.07), at, f"{100 * share:.1f} %", va="center", ha="right", color="white")
+    for at, share, colour in zip(y, first, colours, strict=True):
+        ink = "white" if colour == TRAINED else INK
+        axes.text(max(share - 0.012, 0.08), at, f"{100 * share:.1f} %", va="center", ha="right", color=ink)
     axes.set_yticks(y, [r.name for r in reports])
     best = reports[-1]
     k = best.shape.choices[-1]
@@ -60,14 +61,16 @@ def _by_predictor(reports: list[Report], folder: Path) -> Path:
 
 def _by_layer(reports: list[Report], folder: Path) -> Path:
     figure, axes = plt.subplots(figsize=(8.6, 4.8))
+    best, shares_of = reports[-1], {}
     for at, report in enumerate(reversed(reports)):
         k = report.shape.choices
         shares = [report.at(n).figures(k[n], report.arrive)["slot_recall"] for n in report.layers]
+        shares_of[report.name] = shares
         line = "-" if report.entry.domains is not None else "--"
         axes.plot(
             report.layers, shares, line, marker=MARKS[at % 8], color=LINES[at % 8], label=report.name, linewidth=1.8
         )
-    axes.set_title("How well each layer can be foretold\n", color=INK)
+    axes.set_title(f"{_capital(best.name)} finds {_range(shares_of[best.name])} in every layer it covers\n", color=INK)
     axes.set_xlabel("MoE layer that is guessed")
     axes.set_ylabel("slot recall (first k guesses)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -86,7 +89,8 @@ def _by_guesses(reports: list[Report], folder: Path) -> Path:
         axes.plot(range(1, len(curve) + 1), curve, line, color=LINES[n % 8], label=report.name, linewidth=1.8)
     axes.axvline(k, color="#aaaaaa", linewidth=1)
     axes.text(k + 0.15, 0.02, f"k = {k}: as many as are chosen", color="#666666", fontsize=9.5)
-    axes.set_title("What a few guesses more than k buy\n", color=INK)
+    best, two_more = reports[-1].name, reports[-1].figures(reports[-1].compared)["recall_k2"]
+    axes.set_title(f"Two guesses more than k: {best} finds {100 * two_more:.1f} %\n", color=INK)
     axes.set_xlabel("number of guesses per layer")
     axes.set_ylabel("share of the chosen experts among them")
     axes.set_xlim(1, max(most, 2))
@@ -112,11 +116,17 @@ def _by_domain(reports: list[Report], folder: Path) -> Path:
         shares = [r.figures(r.compared, of)["slot_recall"] for r in reports]
         y = [at + (len(sides) / 2 - n - 0.5) * high for at in range(len(reports))]
         colour = (TRAINED, SOFT)[n] if len(sides) == 2 else LINES[n % 8]
-        axes.barh(y, shares, high * 0.94, color=colour, label=f"{name}: {', '.join(of) if len(of) < 4 else len(of)}")
+        axes.barh(
+            y,
+            shares,
+            high * 0.94,
+            color=colour,
+            label=f"{name} ({', '.join(of) if len(of) < 4 else f'{len(of)} of them'})",
+        )
         for at, share in zip(y, shares, strict=True):
             axes.text(share + 0.006, at, f"{100 * share:.1f}", va="center", fontsize=9, color=INK)
     axes.set_yticks(range(len(reports)), [r.name for r in reports])
-    axes.set_title("In and out of the text they were trained on\n", color=INK)
+    axes.set_title("In and out of the text they were trained on\n", color=INK, pad=14)
     axes.set_xlabel("slot recall (first k guesses)")
     _percent(axes.xaxis, axes.set_xlim)
     axes.legend(loc="lower center", bbox_to_anchor=(0.45, 1.0), ncols=2, frameon=False, fontsize=9.5)
@@ -128,6 +138,11 @@ def _percent(axis: Any, limits: Any) -> None:
     axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axis.grid(True, color="#e6e6e6", linewidth=0.8)
     axis.axes.set_axisbelow(True)
+
+
+def _range(shares: list[float]) -> str:
+    low, high = f"{100 * min(shares):.0f}", f"{100 * max(shares):.0f}"
+    return f"{low} %" if low == high else f"{low} to {high} %"
 
 
 def _capital(name: str) -> str:

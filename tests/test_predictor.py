@@ -261,7 +261,9 @@ def test_a_split_by_prompt_keeps_prompts_apart_and_one_by_token_leaks(trace: Pat
         step = Step(n, Phase.PREFILL, rows, 1, torch.full((1, rows), n), torch.arange(rows)[None])
         step.routes = [Route(0, torch.stack([first_S, (first_S + 1 + n % 5) % experts], 1), torch.full((rows, 2), 0.5),
                              torch.zeros(rows, 64))]  # fmt: skip
-        step.routes += [Route(n_l, map_EE[first_S], torch.full((rows, 2), 0.5), torch.zeros(rows, 64)) for n_l in (1, 2)]
+        step.routes += [
+            Route(n_l, map_EE[first_S], torch.full((rows, 2), 0.5), torch.zeros(rows, 64)) for n_l in (1, 2)
+        ]
         step.inputs = {at: torch.nn.functional.one_hot(torch.tensor(n), 64).float().expand(rows, 64) for at in range(3)}
         steps.append(step)
     folder = write_trace(tmp_path / "noise", steps, Traces(trace).routers())

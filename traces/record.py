@@ -230,8 +230,10 @@ def _route(step: Step, layer: int) -> Route:
 
 def _on_host(step: Step) -> Step:
     """What lies on the device is copied now: later its memory may be another tensor's."""
-    routes = [r if r.hidden_TD is None else r._replace(hidden_TD=r.hidden_TD.to("cpu")) for r in step.routes]
-    inputs = {layer: x_TD.to("cpu") for layer, x_TD in step.inputs.items()}
+    routes, inputs = step.routes, dict(step.inputs)
+    if any(r.hidden_TD is not None and r.hidden_TD.device.type != "cpu" for r in routes[:1]):
+        routes = [r if r.hidden_TD is None else r._replace(hidden_TD=r.hidden_TD.to("cpu")) for r in routes]
+        inputs = {layer: x_TD.to("cpu") for layer, x_TD in inputs.items()}
     return replace(step, routes=routes, inputs=inputs, previous=None)
 
 
