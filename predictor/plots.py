@@ -53,7 +53,10 @@ def _by_predictor(reports: list[Report], folder: Path) -> Path:
     axes.set_yticks(y, [r.name for r in reports])
     best = reports[-1]
     k = best.shape.choices[-1]
-    axes.set_title(f"{_capital(best.name)} finds {100 * first[-1]:.0f} % of the next layer's experts\n", color=INK)
+    axes.set_title(
+        f"{_capital(best.name)} finds {100 * first[-1]:.0f} % of a layer's experts before its router speaks\n",
+        color=INK,
+    )
     axes.set_xlabel(f"share of the chosen experts found: bar, with {k} guesses; dot, with {k + 2}; light: not trained")
     _percent(axes.xaxis, axes.set_xlim)
     return _saved(figure, folder / "recall_by_predictor.png")

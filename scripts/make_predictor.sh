@@ -3,7 +3,7 @@
 #
 #   scripts/make_predictor.sh WORK TRAIN_PROMPTS
 #
-# TRAIN_PROMPTS: what `python scripts/make_prompts.py` makes of the documents that the demo was trained on. WORK: a folder for
+# TRAIN_PROMPTS: made by `python scripts/make_prompts.py --train FILE` of the documents that the demo was trained on. WORK: a folder for
 # traces (2 GB) and the predictors that do not ship. Held out are the prompts in benchmarks/prompts; apache2-doc is a document
 # set that neither the demo nor a predictor was trained on.
 set -eu
