@@ -1,5 +1,6 @@
-"""What decode guesses ahead (DuoServe-MoE, section "decode"): a predictor ranks beside the compute, on a thread of its own,
-which turns its ranking into guesses at once; what the router then contradicts is given up. Chooses; moves no bytes itself.
+"""What decode guesses ahead (DuoServe-MoE, section "decode"): a predictor ranks beside the compute, on a stream of its own (a
+quick one at once, where that is a thread of this interpreter), its ranking becomes guesses, and what the router then
+contradicts is given up. Chooses; moves no bytes itself.
 
     layer l     router | experts compute ............. | attention of l + 1 | router of l + 1
     predictor          '- rank(l + 1) -.                                    |
@@ -11,7 +12,9 @@ costs nothing, since its slot still holds what it held.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection
+from statistics import median
 from typing import Any
 
 from duoserve.benefit import Benefit
@@ -20,6 +23,11 @@ from duoserve.core import Key, Phase, Predictor, Step, When
 from duoserve.device import Event
 from duoserve.transfer import Transfer
 
+TIMED = 12  # rankings that are made at once, to see what one takes
+QUICK_S = (
+    2e-4  # one that takes less stays on the model's thread: handing the interpreter to another takes longer than that
+)
+LIKELY = 0.5  # a guess that is more likely wrong takes time from a link that others need
 FEW_ROWS = 16  # of a pass; more of them choose most experts anyway
 SLOWLY = 0.1  # weight of the newest count in the running one of guesses that began in time
 
@@ -29,7 +37,7 @@ class Ranking:
 
     def __init__(self, layer: int):
         self.layer = layer
-        self.thought: Event | None = None
+        self.error: Exception | None = None
         self.experts: list[int] | None = None
         self.next = self.issued = 0
         self.over = False  # the router has spoken
@@ -43,7 +51,7 @@ class Ahead:
         cache: ExpertCache,
         transfer: Transfer,
         experts_per_layer: list[int],
-        think: Callable[[Callable[[], None]], Event],
+        think: Callable[[Callable[[], None], bool], Event],
     ):
         self._cache, self._transfer, self._experts, self._think = cache, transfer, experts_per_layer, think
         self.predictor: Predictor | None = None
@@ -52,6 +60,8 @@ class Ahead:
         self._guessing = False
         self._asked: list[Ranking] = []  # in this pass
         self._due: list[Ranking] = []  # of those, the ones that may still become guesses
+        self._rank_s: float | None = None  # the median of the first rankings
+        self._timed: list[float] = []
         self._begun: float | None = None  # guesses per layer that began in time, a running mean
         self._spoken: tuple[Step, int] | None = None
         self._choices = 1  # experts that the running pass's rows choose in a layer, at most
@@ -61,7 +71,7 @@ class Ahead:
         """From the next pass on; unless `always`, only while it is measured to pay."""
         self._drop()
         self.predictor, self.benefit, self.error = predictor, Benefit(always), None
-        self._begun = None
+        self._begun, self._rank_s, self._timed = None, None, []
         self.asked = self.in_time = self.too_late = 0
 
     @property
@@ -112,8 +122,8 @@ class Ahead:
     def finish(self, step: Step, seconds: float) -> None:
         """The pass took so long."""
         for ranking in self._asked:
-            if ranking.thought is not None and ranking.thought.error is not None:
-                self._fail(ranking.thought.error)
+            if ranking.error is not None:
+                self._fail(ranking.error)
         self._asked.clear()
         self._drop()
         if self.predictor is None:
@@ -130,6 +140,7 @@ class Ahead:
             "predictor": self.predictor.name if self.predictor is not None else None,
             "error": self.error,
             **self.benefit.to_json(),
+            "rank_s": self._rank_s,
             "rankings": self.asked,
             "rankings_in_time": self.in_time,
             "rankings_too_late": self.too_late,
@@ -152,15 +163,26 @@ class Ahead:
         def rank() -> None:  # on the predictor's thread
             if ranking.over:
                 return
-            best = predictor.rank(step, layer).topk(n)
-            ranking.experts = best.indices[best.values > 0].tolist()
+            began = time.perf_counter()
+            try:
+                best = predictor.rank(step, layer).topk(n)
+            except Exception as error:  # tokens do not depend on it
+                ranking.error = error
+                return
+            ranking.experts = best.indices[best.values > LIKELY].tolist()
+            self._took(time.perf_counter() - began)
             with self._transfer.lock:
                 self._guess(ranking)
 
         self.asked += 1
         self._asked.append(ranking)
         self._due.append(ranking)
-        ranking.thought = self._think(rank)
+        self._think(rank, len(self._timed) < TIMED or (self._rank_s or 0) < QUICK_S)
+
+    def _took(self, seconds: float) -> None:
+        if len(self._timed) < TIMED:
+            self._timed.append(seconds)
+            self._rank_s = median(self._timed)
 
     def _guess(self, ranking: Ranking) -> bool:
         """Turn a ranking into guesses as far as slots and the link allow; True once nothing more is to come of it."""
@@ -200,7 +222,7 @@ class Ahead:
             self._due.clear()
             self._transfer.settle(None, ())
 
-    def _fail(self, error: BaseException) -> None:
+    def _fail(self, error: Exception) -> None:
         """A predictor that fails is not asked again; tokens do not depend on it."""
         self.error = f"{type(error).__name__}: {error}"
         self.predictor, self._guessing = None, False

@@ -141,7 +141,8 @@ class WorkerStream:
     ):
         self._rate, self._free_at = rate, 0.0  # bytes per second that jobs are slowed to, and when the next may begin
         self._lanes: dict[Lane, deque[_Job]] = {lane: deque() for lane in Lane}
-        self._board = board or threading.Condition()  # shared by streams that wait for each other
+        self._board = board or threading.Condition()
+        self._shared = board is not None  # by streams that wait for each other
         self._in_order = in_order
         self._closed = False
         self._cuda = torch.cuda.Stream() if cuda else None
@@ -172,7 +173,7 @@ class WorkerStream:
             if self._closed:
                 raise RuntimeError("the stream is closed: the engine was shut down")
             self._lanes[lane].append(job)
-            self._board.notify_all()
+            self._wake()
         return job.event
 
     def cancel(self, event: Event) -> bool:
@@ -182,7 +183,8 @@ class WorkerStream:
             if job is not None:
                 self._lanes[Lane.AHEAD].remove(job)
                 event.set()
-                self._board.notify_all()
+                if self._shared or any(self._lanes.values()):
+                    self._wake()
         return job is not None
 
     def queued(self, event: Event) -> bool:
@@ -241,7 +243,16 @@ class WorkerStream:
             with self._board:
                 self._leave(job.cost)
                 job.event.set(mark, error)
-                self._board.notify_all()
+                if self._shared or any(self._lanes.values()):  # what waited for this one may start
+                    self._wake()
+
+    def _wake(self) -> None:
+        """A job may be able to start. One worker is enough, unless those who wait are of several streams: each that wakes in
+        vain takes the interpreter from whoever computes."""
+        if self._shared:
+            self._board.notify_all()
+        else:
+            self._board.notify()
 
     def _slowed(self, cost: int) -> float | None:
         """When a job of `cost` bytes that begins now would end on a link of this rate, one job at a time."""
@@ -287,7 +298,7 @@ class ThreadDevice:
     def __init__(
         self, copy_threads: int = 2, threaded_compute: bool = False, host_tier: bool = False, link: int | None = None
     ):
-        board = threading.Condition()
+        board = threading.Condition() if threaded_compute or host_tier else None
         self.compute: InlineStream | WorkerStream = InlineStream()
         if threaded_compute:
             self.compute = WorkerStream("compute", in_order=True, board=board)

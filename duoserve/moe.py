@@ -18,7 +18,7 @@ from duoserve.ahead import Ahead
 from duoserve.cache import ExpertCache
 from duoserve.core import Observer, Phase, Policy, Predictor, Route, Step
 from duoserve.decode import Decode
-from duoserve.device import Device, Event
+from duoserve.device import DONE, Device, Event
 from duoserve.experts import Groups, Weights, combine, expert_function, group
 from duoserve.prefill import Prefill
 from duoserve.transfer import Transfer
@@ -105,8 +105,11 @@ class Runtime:
             self._former = step
         return step.rows
 
-    def _think(self, fn: Callable[[], None]) -> Event:
-        """Run `fn` on the predictor's stream, after what was computed so far."""
+    def _think(self, fn: Callable[[], None], quick: bool) -> Event:
+        """Run `fn` on the predictor's stream, after what was computed so far; at once if that is quick and a thread."""
+        if quick and self.device.name == "cpu":
+            fn()
+            return DONE
         return self.device.predict.submit(fn, (self.device.mark(),))
 
     def run(
