@@ -13,8 +13,8 @@ mkdir -p "$work"
 duoserve trace --prompts "$prompts" -o "$work/train" --hidden --new-tokens 24 --batch 6 --ctx 4k --seed 1
 duoserve trace --prompts benchmarks/prompts -o "$work/held" --hidden --new-tokens 64
 
-duoserve train "$work/train" -o duoserve/demo/predictor --kind head --epochs 4 --tokens 300000
-duoserve train "$work/train" -o "$work/pre-attention" --kind pre-attention --epochs 4 --tokens 300000
+duoserve train "$work/train" -o duoserve/demo/predictor --kind head --epochs 4
+duoserve train "$work/train" -o "$work/pre-attention" --kind pre-attention --epochs 4
 duoserve train "$work/train" -o "$work/mlp" --kind mlp --epochs 4 --tokens 60000
 duoserve train "$work/train" -o "$work/matching" --kind matching
 duoserve train "$work/train" -o "$work/popularity" --kind popularity
