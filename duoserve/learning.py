@@ -35,7 +35,7 @@ def train(
     test: Annotated[float, typer.Option(help="Share of the prompts that nothing is learned from.")] = 0.1,
     lead: Annotated[int, typer.Option(help="Layers ahead that it guesses.")] = 1,
     units: Annotated[int, typer.Option(help="Hidden units of a head.")] = 64,
-    tokens: Annotated[int, typer.Option(help="Tokens to learn from, at most; 0 takes all.")] = 0,
+    tokens: Annotated[int, typer.Option(help="Tokens of prompts to learn from, about; 0 takes all.")] = 0,
 ) -> None:
     """Train a predictor of experts from a trace."""
     import torch  # noqa: F401  (before the rest: its libraries first)

@@ -51,7 +51,7 @@ class Options(NamedTuple):
     test: float = 0.1
     lead: int = 1
     units: int = 64
-    tokens: int = 0  # to learn from, at most; 0: all
+    tokens: int = 0  # of prompts to learn from, about; 0: all
     batch: int = 1024
     rate: float = 2e-3
     patience: int = 2  # epochs without a better validation recall
@@ -114,30 +114,40 @@ def _read(traces: Traces, options: Options) -> Data:
     recorded: list[Recorded] = []
     of_rows: list[torch.Tensor] = []
     generator = torch.Generator().manual_seed(options.seed)
-    left = options.tokens or math.inf
     hidden = options.kind in ("head", "pre-attention")
-    for item in traces.sequences(hidden=hidden):
+    for item in traces.sequences(_chosen(traces, parts, options), hidden=hidden):
         n = item.step.rows
-        part = parts.get(item.prompt.index)
         if options.split == "token":
             draw_S = torch.rand(n, generator=generator)
             part_S = torch.full((n,), TRAIN)
             part_S[draw_S < options.validation + options.test] = VALIDATION
             part_S[draw_S < options.test] = TEST
         else:
-            part_S = torch.full((n,), part if part is not None else TRAIN)
-        learns = bool((part_S == TRAIN).any())
-        if n == 0 or (learns and left <= 0):
-            continue
-        left -= n if learns else 0
-        recorded.append(item)
-        of_rows.append(part_S)
+            part_S = torch.full((n,), parts[item.prompt.index])
+        if n:
+            recorded.append(item)
+            of_rows.append(part_S)
     data = Data(recorded, of_rows, shape_of(traces), traces.routers(), bool(recorded and recorded[0].step.inputs))
     short = [name for name, part in (("train", TRAIN), ("validate", VALIDATION), ("test", TEST)) if not data.rows(part)]
     if short:
         what = f"{traces.folder} has {len(traces.prompts)} prompts, none to {short[0]} on"
         raise Refusal("E_TRACE", what, "record more prompts")
     return data
+
+
+def _chosen(traces: Traces, parts: dict[int, int], options: Options) -> set[int]:
+    """Which prompts are read: with a bound on the tokens, training prompts at random, so that no domain is left out."""
+    learn = [p for p in traces.prompts if options.split == "token" or parts[p.index] == TRAIN]
+    share = 1 - options.validation - options.test if options.split == "token" else 1.0
+    order = np.random.default_rng(options.seed).permutation(len(learn))
+    chosen = {index for index, part in parts.items() if options.split == "prompt" and part != TRAIN}
+    tokens = 0.0
+    for at in order.tolist():
+        if options.tokens and tokens >= options.tokens:
+            break
+        chosen.add(learn[at].index)
+        tokens += learn[at].n_tokens * share
+    return chosen
 
 
 def _parts(traces: Traces, options: Options) -> dict[int, int]:

@@ -13,12 +13,12 @@ mkdir -p "$work"
 duoserve trace --prompts "$prompts" -o "$work/train" --hidden --new-tokens 24 --batch 6 --ctx 4k --seed 1
 duoserve trace --prompts benchmarks/prompts -o "$work/held" --hidden --new-tokens 64
 
-duoserve train "$work/train" -o duoserve/demo/predictor --kind head --epochs 4 --tokens 300000
-duoserve train "$work/train" -o "$work/pre-attention" --kind pre-attention --epochs 4 --tokens 300000
+duoserve train "$work/train" -o duoserve/demo/predictor --kind head --epochs 4
+duoserve train "$work/train" -o "$work/pre-attention" --kind pre-attention --epochs 4
 duoserve train "$work/train" -o "$work/mlp" --kind mlp --epochs 4 --tokens 60000
 duoserve train "$work/train" -o "$work/matching" --kind matching
 duoserve train "$work/train" -o "$work/popularity" --kind popularity
-# By token instead of by prompt, to show what that hides: see the test figures that both print.
+# By token instead of by prompt, to show what that hides: see the test figures that both print. Both learn from about 60,000 tokens.
 duoserve train "$work/train" -o "$work/mlp-by-token" --kind mlp --epochs 4 --tokens 60000 --split token
 
 set -- duoserve/demo/predictor "$work/pre-attention" "$work/mlp" "$work/matching" "$work/popularity"

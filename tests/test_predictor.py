@@ -275,6 +275,14 @@ def test_a_split_by_prompt_keeps_prompts_apart_and_one_by_token_leaks(trace: Pat
     assert figures["token"] > figures["prompt"] + 0.1
 
 
+def test_a_bound_on_tokens_takes_prompts_from_anywhere_in_the_trace(trace: Path) -> None:
+    for split in ("prompt", "token"):
+        predictor, training = train(Traces(trace), Options("popularity", split=split, tokens=240), lambda *_: None)
+        assert 200 <= training.rows <= 300 and predictor.counts_LE.sum() > 0
+        learned = training.prompts if split == "token" else sorted(training.prompts)
+        assert max(int(digest, 16) for digest in learned) > 20
+
+
 def test_figures_are_those_of_scikit_learn() -> None:
     from sklearn.metrics import accuracy_score, recall_score
 
