@@ -1,5 +1,5 @@
-"""What decode guesses ahead (DuoServe-MoE, section "decode"): a predictor ranks beside the compute, on a stream of its own (a
-quick one at once, where that is a thread of this interpreter), its ranking becomes guesses, and what the router then
+"""What decode guesses ahead (DuoServe-MoE, section "decode"): a predictor ranks beside the compute, on a stream of its own
+(a quick one at once, where that is a thread of this interpreter), its ranking becomes guesses, and what the router then
 contradicts is given up. Chooses; moves no bytes itself.
 
     layer l     router | experts compute ............. | attention of l + 1 | router of l + 1
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection
-from statistics import median
 from typing import Any
 
 from duoserve.benefit import Benefit
@@ -23,9 +22,9 @@ from duoserve.core import Key, Phase, Predictor, Step, When
 from duoserve.device import Event
 from duoserve.transfer import Transfer
 
-TIMED = 12  # rankings that are made at once, to see what one takes
+TIMED = 16  # rankings that are made at once, to see what one takes
 QUICK_S = (
-    2e-4  # one that takes less stays on the model's thread: handing the interpreter to another takes longer than that
+    1e-3  # one that takes less, beside copies, stays on the model's thread: on another it takes more than twice as long
 )
 LIKELY = 0.5  # a guess that is more likely wrong takes time from a link that others need
 FEW_ROWS = 16  # of a pass; more of them choose most experts anyway
@@ -60,7 +59,7 @@ class Ahead:
         self._guessing = False
         self._asked: list[Ranking] = []  # in this pass
         self._due: list[Ranking] = []  # of those, the ones that may still become guesses
-        self._rank_s: float | None = None  # the median of the first rankings
+        self._rank_s: float | None = None  # the lower quartile of the first rankings
         self._timed: list[float] = []
         self._begun: float | None = None  # guesses per layer that began in time, a running mean
         self._spoken: tuple[Step, int] | None = None
@@ -182,7 +181,7 @@ class Ahead:
     def _took(self, seconds: float) -> None:
         if len(self._timed) < TIMED:
             self._timed.append(seconds)
-            self._rank_s = median(self._timed)
+            self._rank_s = sorted(self._timed)[len(self._timed) // 4]  # the first ones also prepare
 
     def _guess(self, ranking: Ranking) -> bool:
         """Turn a ranking into guesses as far as slots and the link allow; True once nothing more is to come of it."""
