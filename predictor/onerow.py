@@ -7,6 +7,7 @@ takes it; a guess of 30 microseconds then takes ten times as long and slows the 
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 
 import numpy as np
@@ -48,6 +49,17 @@ class OneRow:
         return torch.from_numpy(_sigmoid(s_E))
 
 
+def _last_row(x_TD: torch.Tensor) -> np.ndarray:
+    """(D,) float32, without a torch operation where that can be: bfloat16 is the upper half of float32."""
+    if x_TD.dtype is torch.float32:
+        return x_TD.numpy()[-1]
+    if x_TD.dtype is not torch.bfloat16 or not x_TD.is_contiguous():
+        return x_TD[-1].float().numpy()
+    t, d = x_TD.shape
+    halves = (ctypes.c_uint16 * d).from_address(x_TD.data_ptr() + 2 * d * (t - 1))
+    return (np.frombuffer(halves, dtype=np.uint16).astype(np.uint32) << 16).view(np.float32)
+
+
 def _sigmoid(x: np.ndarray) -> np.ndarray:
     return 1 / (1 + np.exp(-np.clip(x, -80, 80)))
 
@@ -68,10 +80,10 @@ def _fill(step: Step, feature: Feature, into: np.ndarray) -> None:
         return
     if kind == "hidden":
         if route.hidden_TD is not None:
-            into[:] = route.hidden_TD[-1].float().numpy()
+            into[:] = _last_row(route.hidden_TD)
         return
-    weights_K = route.weights_TK[-1].float().numpy()
-    ids_K = route.ids_TK[-1].numpy()
+    weights_K = _last_row(route.weights_TK)
+    ids_K = route.ids_TK.numpy()[-1]
     known = ids_K < into.shape[0]
     scale = len(weights_K) / max(float(weights_K.sum()), 1e-6)
     into[ids_K[known]] = weights_K[known] * np.float32(scale)
@@ -80,5 +92,5 @@ def _fill(step: Step, feature: Feature, into: np.ndarray) -> None:
 def _fill_input(step: Step, layer: int, into: np.ndarray) -> None:
     x_TD = step.inputs.get(layer)
     if x_TD is not None:
-        x_D = x_TD[-1].float().numpy()
+        x_D = _last_row(x_TD)
         into[:] = x_D / np.sqrt(np.dot(x_D, x_D) / len(x_D) + np.float32(1e-6))

@@ -50,12 +50,12 @@ def test_tokens_and_logits_are_bit_identical_whatever_is_guessed(toy: Any, load:
 
 
 def test_batches_are_guessed_for_too(toy: Any, load: Any) -> None:
-    engine = load(toy("qwen3_moe"), budget="min")
+    engine = load(toy("qwen3_moe", num_experts=16), budget="half")
     ids = toys.ids(batch=3)
     ids[1, :4], mask = 0, torch.ones_like(ids)
     mask[1, :4] = 0
     want, _ = greedy(engine, ids, attention_mask=mask)
-    engine.predict(Dice(6), always=True)
+    engine.predict(Dice(16), always=True)
     assert torch.equal(greedy(engine, ids, attention_mask=mask)[0], want)
     assert engine.stats()["prediction"]["rankings"] > 0
 
