@@ -149,6 +149,7 @@ def plan(
     ram: Annotated[str | None, typer.Option(help="Plan as if this much memory were free, such as 24GiB.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     cache_dir: CacheDir = None,
+    predictor: PredictorName = None,
 ) -> None:
     """What fits and what it will cost, from the config alone; loads and downloads no weights."""
     from duoserve.config import EngineConfig, parse_size
@@ -159,8 +160,9 @@ def plan(
     if ram is not None:
         parse_size(ram, "ram")
     from duoserve import doctor as examiner
-    from duoserve import outlook
+    from duoserve import opening, outlook
 
+    options["predictor_bytes"] = opening.predictor_bytes(model, predictor)
     outlook.look(model, ram=ram, **options)  # refuse before anything is measured
     profile, why = examiner.known_profile(cache_dir)
     if profile is None:

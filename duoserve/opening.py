@@ -41,6 +41,12 @@ def load(
     return opened
 
 
+def predictor_bytes(model: Any, predictor: Any = None) -> int:
+    """Bytes that the predictor `load` would take for MODEL counts in the budget."""
+    found = _found(model, predictor)
+    return found.n_bytes if found is not None else 0
+
+
 def _found(model: Any, predictor: Any) -> Predictor | None:
     if predictor is None:
         predictor = DEMO / "predictor" if model is None and (DEMO / "predictor").is_dir() else NONE

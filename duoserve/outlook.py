@@ -68,12 +68,13 @@ def look(
     model: str | os.PathLike[str] | None = None,
     profile: Profile | None = None,
     ram: str | int | None = None,
+    predictor_bytes: int = 0,
     **options: Any,
 ) -> Outlook:
     """Plan MODEL as `duoserve.load` would with these options; refuses as it would.
 
     A folder with nothing but config.json suffices; of a hub id only that file is fetched. `ram`: plan as if so much memory
-    were free. Without a `profile` there is no estimate.
+    were free. `predictor_bytes`: of what guesses ahead. Without a `profile` there is no estimate.
     """
     quiet()
     config = EngineConfig.of(**options)
@@ -90,7 +91,8 @@ def look(
         warnings.simplefilter("always")
         default = "half" if model is None else None
         trunk = trunk_format(config, subject.format, dtype, name)
-        plan = make_plan(subject.store, subject.config, dtype, config, default_budget(name, free), default, trunk)
+        given = default_budget(name, free)
+        plan = make_plan(subject.store, subject.config, dtype, config, given, default, trunk, predictor_bytes)
     check_memory(plan, free)
     shares = _shares(plan, 0 if name == "cpu" else host_slabs(subject.store, host))
     needs, found, unknown = _estimate(subject, dtype, trunk, shares, profile, name)
@@ -180,6 +182,7 @@ def table(outlook: Outlook) -> list[tuple[str, str]]:
             f"{size(plan.budget_bytes)} (smallest {size(plan.smallest_bytes)}, planned {size(plan.planned_bytes)})",
         ),
         ("trunk", f"{size(plan.trunk_bytes)}, and {size(plan.scratch_bytes)} of scratch"),
+        ("predictor", size(plan.predictor_bytes) if plan.predictor_bytes else "none"),
         ("keys and values", f"{size(plan.kv_bytes)} for a context of {plan.ctx} tokens"),
         ("slots", f"{plan.slots} of {plan.experts} experts, {size(plan.slot_bytes)} each"),
         ("experts lie", ", ".join([*where, f"{shares.disk:.0%} on disk"])),

@@ -15,6 +15,7 @@ from duoserve.config import EngineConfig, parse_count, parse_size
 from duoserve.convert import convert
 from duoserve.core import Refusal
 from duoserve.engine import DEMO
+from duoserve.opening import predictor_bytes
 from duoserve.outlook import look
 from duoserve.plan import Sizes
 
@@ -153,8 +154,10 @@ def test_plan_against_reality(toy: Any, load: Any, tmp_path: Any, family: str | 
     assert 0.95 * used <= plan.planned_bytes <= 1.05 * used, (plan, engine.stats()["used"])
     assert used <= plan.budget_bytes and plan.planned_bytes <= plan.budget_bytes
     (tmp_path / "config.json").write_bytes(((folder or DEMO) / "config.json").read_bytes())
-    assert look(tmp_path, budget=budget, ctx=ctx, format=engine.store.format).plan == plan
-    assert look(folder, budget=budget, ctx=ctx).plan == plan
+    extra = plan.predictor_bytes
+    assert (extra > 0) == (family is None)  # the demo has a predictor
+    assert look(tmp_path, budget=budget, ctx=ctx, format=engine.store.format, predictor_bytes=extra).plan == plan
+    assert look(folder, budget=budget, ctx=ctx, predictor_bytes=predictor_bytes(folder)).plan == plan
 
 
 @pytest.mark.slow
