@@ -57,7 +57,7 @@ def _last_row(x_TD: torch.Tensor) -> np.ndarray:
         return x_TD[-1].float().numpy()
     t, d = x_TD.shape
     halves = (ctypes.c_uint16 * d).from_address(x_TD.data_ptr() + 2 * d * (t - 1))
-    return (np.frombuffer(halves, dtype=np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return (np.frombuffer(memoryview(halves), dtype=np.uint16).astype(np.uint32) << 16).view(np.float32)
 
 
 def _sigmoid(x: np.ndarray) -> np.ndarray:
