@@ -12,7 +12,6 @@ costs nothing, since its slot still holds what it held.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -162,14 +161,14 @@ class Ahead:
         def rank() -> None:  # on the predictor's thread
             if ranking.over:
                 return
-            began = time.perf_counter()
+            began = self._transfer.device.now()
             try:
                 best = predictor.rank(step, layer).topk(n)
             except Exception as error:  # tokens do not depend on it
                 ranking.error = error
                 return
             ranking.experts = best.indices[best.values > LIKELY].tolist()
-            self._took(time.perf_counter() - began)
+            self._took(self._transfer.device.now() - began)
             with self._transfer.lock:
                 self._guess(ranking)
 

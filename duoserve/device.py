@@ -7,9 +7,7 @@ over as `stream.submit(fn, after=events, behind=events, lane=..., cost=...) -> E
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import mmap
-import os
 import threading
 import time
 import warnings
@@ -20,7 +18,8 @@ from typing import Any
 
 import torch
 
-from duoserve.core import Lane, Refusal
+from duoserve.core import Key, Lane, Refusal
+from duoserve.system import available_ram
 
 PAGE = 4096  # direct reads want addresses, offsets and lengths in multiples of this
 PIN_CHUNK = 256 << 20  # bytes registered per call: one failing call must not cost the whole pool
@@ -85,7 +84,8 @@ class _Job:
     after: tuple[Event, ...]
     behind: tuple[Event, ...]
     event: Event
-    cost: int
+    cost: float
+    what: Key | None
 
     @property
     def can_start(self) -> bool:
@@ -104,7 +104,8 @@ class InlineStream:
         after: Iterable[Event] = (),
         behind: Iterable[Event] = (),
         lane: Lane = Lane.DEMAND,
-        cost: int = 0,
+        cost: float = 0,
+        what: Key | None = None,
     ) -> Event:
         """Run `fn` once all of `after` succeeded and all of `behind` are over; exceptions rise here."""
         stream = torch.cuda.current_stream() if self._cuda else None
@@ -149,7 +150,7 @@ class WorkerStream:
         self._active = 0
         self._busy_since = 0.0
         self.busy_s = 0.0  # seconds with at least one job running
-        self.cost_done = 0
+        self.cost_done: float = 0
         self._threads = [
             threading.Thread(target=self._work, name=f"duoserve-{name}-{i}", daemon=True) for i in range(threads)
         ]
@@ -162,13 +163,15 @@ class WorkerStream:
         after: Iterable[Event] = (),
         behind: Iterable[Event] = (),
         lane: Lane = Lane.DEMAND,
-        cost: int = 0,
+        cost: float = 0,
+        what: Key | None = None,
     ) -> Event:
         """Queue `fn` in its lane; it starts once all of `after` succeeded and all of `behind` are over.
 
-        What `fn`, or an event of `after`, raises, waiting for the returned event raises. `cost` is bytes or FLOPs.
+        What `fn`, or an event of `after`, raises, waiting for the returned event raises. `cost` is bytes, or
+        seconds of compute where they are known; `what` the expert whose work it is.
         """
-        job = _Job(fn, tuple(after), tuple(behind), Event(), cost)
+        job = _Job(fn, tuple(after), tuple(behind), Event(), cost, what)
         with self._board:
             if self._closed:
                 raise RuntimeError("the stream is closed: the engine was shut down")
@@ -254,7 +257,7 @@ class WorkerStream:
         else:
             self._board.notify()
 
-    def _slowed(self, cost: int) -> float | None:
+    def _slowed(self, cost: float) -> float | None:
         """When a job of `cost` bytes that begins now would end on a link of this rate, one job at a time."""
         if self._rate is None:
             return None
@@ -267,7 +270,7 @@ class WorkerStream:
             self._busy_since = time.perf_counter()
         self._active += 1
 
-    def _leave(self, cost: int) -> None:
+    def _leave(self, cost: float) -> None:
         self._active -= 1
         self.cost_done += cost
         if self._active == 0:
@@ -305,6 +308,10 @@ class ThreadDevice:
         self.copy = WorkerStream("copy", copy_threads, board=board, rate=link)
         self.disk = WorkerStream("disk", copy_threads, board=board) if host_tier else None
         self.predict = WorkerStream("predict")
+
+    def now(self) -> float:
+        """Seconds on the clock that this device's work takes its time from."""
+        return time.perf_counter()
 
     def arena(self, n_bytes: int) -> torch.Tensor:
         return host_arena(n_bytes)
@@ -349,6 +356,9 @@ class CudaDevice:
         self.disk: WorkerStream | None = WorkerStream("disk", copy_threads, board=board)
         self.predict = WorkerStream("predict", cuda=True)
         self._warned = False
+
+    def now(self) -> float:
+        return time.perf_counter()
 
     def arena(self, n_bytes: int) -> torch.Tensor:
         return torch.empty(n_bytes, dtype=torch.uint8, device=self.torch_device)
@@ -416,82 +426,6 @@ def in_background(fn: Callable[[], Any], name: str) -> Callable[[], None]:
     return thread.join
 
 
-def available_ram() -> int:
-    """Bytes this process may still take: what the kernel calls available, or less where its control group caps it."""
-    with open("/proc/meminfo") as lines:
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    for folder, limit_name, usage_name in _memory_groups():
-        limit, usage = (_number(os.path.join(folder, name)) for name in (limit_name, usage_name))
-        if limit is not None and usage is not None:
-            free = min(free, max(0, limit - usage + _cached_files(folder)))
-    return free
-
-
-def usable_cores() -> float:
-    """By affinity, and by the control group's quota where that is less."""
-    cores = float(len(os.sched_getaffinity(0)))
-    for path in ("/sys/fs/cgroup/cpu.max", *_own_group("cpu.max")):
-        quota, _, period = _text(path).partition(" ")
-        if quota.isdigit() and period.strip().isdigit():
-            cores = min(cores, int(quota) / int(period))
-    for folder in ("/sys/fs/cgroup/cpu", "/sys/fs/cgroup/cpu,cpuacct"):
-        quota, period = _text(f"{folder}/cpu.cfs_quota_us"), _text(f"{folder}/cpu.cfs_period_us")
-        if quota.isdigit() and period.isdigit():
-            cores = min(cores, int(quota) / int(period))
-    return cores
-
-
-def use_threads(asked: int | None = None) -> int:
-    """Give torch's arithmetic `asked` threads, or what $OMP_NUM_THREADS says, or one for each real core that may be used.
-
-    Torch by itself takes every core that the machine shows, whatever a container's quota is. Returns the number.
-    """
-    said = os.environ.get("OMP_NUM_THREADS", "")
-    n = asked or (int(said) if said.isdigit() and int(said) else max(1, min(_real_cores(), int(usable_cores()))))
-    if n != torch.get_num_threads():
-        torch.set_num_threads(n)
-    return n
-
-
-def _real_cores() -> int:
-    """Cores that may be used, two threads of one core counted once: they share the units that multiply."""
-    seen = set()
-    for cpu in os.sched_getaffinity(0):
-        topology = f"/sys/devices/system/cpu/cpu{cpu}/topology"
-        seen.add((_text(f"{topology}/physical_package_id"), _text(f"{topology}/core_id") or str(cpu)))
-    return len(seen)
-
-
-def _own_group(name: str) -> list[str]:
-    lines = (line.split(":", 2) for line in _text("/proc/self/cgroup").splitlines())
-    return [f"/sys/fs/cgroup{path}/{name}" for _, kinds, path in lines if not kinds]
-
-
-def _text(path: str) -> str:
-    try:
-        with open(path) as file:
-            return file.read().strip()
-    except OSError:
-        return ""
-
-
-def give_back() -> None:
-    """Return to the system what was freed: a prompt's activations, or what loading took, stay in the allocator's lists
-    otherwise, some 40 MiB of them, which small caps need."""
-    if _TRIM is not None:
-        _TRIM(0)
-
-
-_TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; others return memory by themselves
-
-
-def memory_cap() -> int | None:
-    """Bytes that this process's control groups allow it, all told; None where they set no cap."""
-    limits = [_number(os.path.join(folder, limit)) for folder, limit, _ in _memory_groups()]
-    found = [limit for limit in limits if limit is not None and limit < 1 << 60]  # version 1 writes "none" as a number
-    return min(found, default=None)
-
-
 def gpus() -> list[tuple[str, int, int]]:
     """Name, bytes free and bytes in all of each GPU that torch can use."""
     found = []
@@ -499,36 +433,3 @@ def gpus() -> list[tuple[str, int, int]]:
         free, total = torch.cuda.mem_get_info(i)
         found.append((torch.cuda.get_device_name(i), free, total))
     return found
-
-
-def _memory_groups() -> Iterable[tuple[str, str, str]]:
-    """Folders of the control groups (version 1 and 2) that hold this process, with the names of their two files."""
-    with open("/proc/self/cgroup") as lines:
-        paths = {kinds: path for _, kinds, path in (line.strip().split(":", 2) for line in lines)}
-    with open("/proc/self/mounts") as lines:
-        for _, folder, kind, options, *_ in (line.split() for line in lines):
-            if kind == "cgroup2" and "" in paths:
-                yield folder + paths[""], "memory.max", "memory.current"
-            if kind == "cgroup" and "memory" in options.split(","):
-                path = next((p for kinds, p in paths.items() if "memory" in kinds.split(",")), None)
-                if path is not None:
-                    yield folder + path, "memory.limit_in_bytes", "memory.usage_in_bytes"
-
-
-def _cached_files(group: str) -> int:
-    """Bytes of a group's usage that are pages of files: given back as soon as memory is wanted."""
-    try:
-        with open(os.path.join(group, "memory.stat")) as lines:
-            stat = {name: int(value) for name, value in (line.split() for line in lines)}
-    except (OSError, ValueError):
-        return 0
-    whole = "total_" if "total_inactive_file" in stat else ""  # version 1 counts the groups below apart
-    return stat.get(f"{whole}inactive_file", 0) + stat.get(f"{whole}active_file", 0)
-
-
-def _number(path: str) -> int | None:
-    try:
-        with open(path) as file:
-            return int(file.read())
-    except (OSError, ValueError):  # no such group here, or "max"
-        return None

@@ -18,11 +18,12 @@ import torch
 
 from duoserve.codec import int4_order
 from duoserve.core import Refusal
-from duoserve.device import available_ram, gpus, memory_cap, usable_cores
+from duoserve.device import gpus
 from duoserve.measure import Found, measure
 from duoserve.plan import size
 from duoserve.profile import FILE, Profile, read_profile, write_profile
 from duoserve.shelf import cache_dir
+from duoserve.system import available_ram, memory_cap, usable_cores
 from duoserve.version import __version__
 
 PACKAGES = ("torch", "transformers", "accelerate", "bitsandbytes", "safetensors", "huggingface_hub", "numpy", "triton")

@@ -22,7 +22,7 @@ from duoserve.checkpoint import check_config, quiet, read_config
 from duoserve.config import EngineConfig, parse_size
 from duoserve.convert import Conversion, Progress, write_store
 from duoserve.core import Policy, Predictor, Refusal, nearest
-from duoserve.device import Device, give_back, in_background, open_device, use_threads
+from duoserve.device import Device, in_background, open_device
 from duoserve.hub import resolve
 from duoserve.manifest import is_store
 from duoserve.model import load_model
@@ -32,6 +32,7 @@ from duoserve.routers import Router, routers_of
 from duoserve.shelf import cache_dir, note_use, refuse_half_made
 from duoserve.sizing import CACHE
 from duoserve.store import Store
+from duoserve.system import give_back, use_threads
 
 DEMO = Path(__file__).parent / "demo"
 DEFAULT_NEW_TOKENS = 512

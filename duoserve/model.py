@@ -11,16 +11,16 @@ import torch
 import transformers
 
 from duoserve import attention
-from duoserve.cache import ExpertCache, Keep
 from duoserve.checkpoint import build_meta, find_experts, load_trunk, replace_module
 from duoserve.core import Phase, Policy, Refusal, Step
-from duoserve.device import Device, available_ram, give_back
+from duoserve.device import Device
 from duoserve.int4 import Scratch
-from duoserve.moe import OffloadedExperts, Runtime
+from duoserve.moe import OffloadedExperts, Runtime, open_runtime
 from duoserve.plan import Plan, host_slabs, size
 from duoserve.sizing import CACHE, cache_bytes
 from duoserve.store import Store
-from duoserve.transfer import HostTier, Transfer
+from duoserve.system import available_ram, give_back
+from duoserve.transfer import HostTier
 from duoserve.trunk import quantise_linears, settle
 
 LONG = 128  # rows of a pass whose activations are worth handing back: that takes about a millisecond
@@ -52,10 +52,8 @@ def load_model(
             "convert the model again",
             5,
         )
-    keep = Keep.WORTH if policy is Policy.DUOSERVE else Keep.RECENT
-    cache = ExpertCache(plan.slots, [layer.n_experts for layer in store.layers], keep)
     scratch = Scratch(device.arena(plan.scratch_bytes))
-    runtime = Runtime(device, cache, Transfer(device, store, cache, _host_tier(device, store), scratch), policy)
+    runtime = open_runtime(device, store, plan.slots, policy, _host_tier(device, store), scratch)
     for layer, spec in enumerate(specs):
         replace_module(model, spec.name, OffloadedExperts(spec.module, layer, runtime))
     load_trunk(model, store.checked_trunk(), dtype)

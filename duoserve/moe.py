@@ -6,26 +6,34 @@ attention, caches of keys and values, or text.
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from duoserve.ahead import Ahead
-from duoserve.cache import ExpertCache
+from duoserve.cache import ExpertCache, Keep, Slot
 from duoserve.core import Observer, Phase, Policy, Predictor, Route, Step
 from duoserve.decode import Decode
 from duoserve.device import DONE, Device, Event
 from duoserve.experts import Groups, Weights, combine, expert_function, group
+from duoserve.int4 import Scratch
 from duoserve.prefill import Prefill
-from duoserve.transfer import Transfer
+from duoserve.store import Store
+from duoserve.transfer import HostTier, Transfer
 
 
 class Cancelled(Exception):
     """Somebody asked to stop while a prompt was being read; the pool is whole, the pass is not."""
+
+
+class Work(NamedTuple):
+    """What the compute stream is to do, and the seconds it takes where they are known beforehand (a simulated machine)."""
+
+    fn: Callable[[], Any]
+    cost: float = 0.0
 
 
 class Runtime:
@@ -79,7 +87,7 @@ class Runtime:
 
     def begin(self, step: Step) -> None:
         """A pass starts; its routes are noted only where somebody wants them."""
-        self._began = time.perf_counter()
+        self._began = self.device.now()
         step.previous, self._former = _followed(self._former, step), None
         self._step = step
         self.steps += 1
@@ -98,7 +106,7 @@ class Runtime:
         step, self._step = self._step, None
         if step is None:
             return 0
-        self.ahead.finish(step, time.perf_counter() - self._began)
+        self.ahead.finish(step, self.device.now() - self._began)
         for observer in self.observers:
             observer(step)
         if self.learns:
@@ -129,25 +137,36 @@ class Runtime:
             self._note(layer, ids, weights_TK, x_TD)
             groups = group(x_TD, ids, self._per_layer[layer])
             tokens = {expert: stop - start for expert, (start, stop) in groups.spans.items()}
-            schedule = self.prefill if self._is_dense(layer, len(tokens), x_TD.shape[0]) else self.decode
-            self.ahead.spoken(self._step, layer, tokens)
-            reads: list[Event] = []
-            with closing(schedule.run(layer, x_TD.shape[0], tokens)) as slots:
-                for slot in slots:
-                    try:
-                        assert slot.key is not None, slot
-                        work = _Work(expert, groups, groups.spans[slot.key.expert], self.transfer.weights(slot))
-                        read = self.device.compute.submit(work, after=(slot.ready,))
-                    except BaseException:
-                        self.transfer.abandon(slot)
-                        raise
-                    self.transfer.release(slot, read)
-                    reads.append(read)
+
+            def work(slot: Slot) -> Work:
+                assert slot.key is not None, slot
+                return Work(_Rows(expert, groups, groups.spans[slot.key.expert], self.transfer.weights(slot)))
+
             y: list[torch.Tensor] = []
-            done = self.device.compute.submit(lambda: y.append(combine(groups, weights_TK, x_TD.dtype)), reads)
-            self.ahead.push()
-            self.device.join(done)
+            last = Work(lambda: y.append(combine(groups, weights_TK, x_TD.dtype)))
+            self.device.join(self.bring(layer, x_TD.shape[0], tokens, work, last))
             return y[0]
+
+    def bring(self, layer: int, rows: int, tokens: dict[int, int], work: Callable[[Slot], Work], last: Work) -> Event:
+        """A layer's router has spoken for `rows` rows (`tokens`: expert -> rows): bring its experts past the compute stream,
+        which does `work` of each slot and then `last`. Returns when `last` happens.
+        """
+        schedule = self.prefill if self._is_dense(layer, len(tokens), rows) else self.decode
+        self.ahead.spoken(self._step, layer, tokens)
+        reads: list[Event] = []
+        with closing(schedule.run(layer, rows, tokens)) as slots:
+            for slot in slots:
+                try:
+                    fn, cost = work(slot)
+                    read = self.device.compute.submit(fn, after=(slot.ready,), cost=cost, what=slot.key)
+                except BaseException:
+                    self.transfer.abandon(slot)
+                    raise
+                self.transfer.release(slot, read)
+                reads.append(read)
+        done = self.device.compute.submit(last.fn, reads, cost=last.cost)
+        self.ahead.push()
+        return done
 
     def _is_dense(self, layer: int, distinct: int, rows: int) -> bool:
         """The paper's phase where it is plain (a prompt, or one token); in between the number of experts decides."""
@@ -170,6 +189,20 @@ class Runtime:
             self._step.routes.append(Route(layer, ids, weights, x_TD if self._hidden else None))
 
 
+def open_runtime(
+    device: Device,
+    store: Store,
+    slots: int,
+    policy: Policy = Policy.DUOSERVE,
+    host: HostTier | None = None,
+    scratch: Scratch | None = None,
+) -> Runtime:
+    """A pool of `slots`, the way into it and both schedules, as `policy` wants them."""
+    keep = Keep.WORTH if policy is Policy.DUOSERVE else Keep.RECENT
+    cache = ExpertCache(slots, [layer.n_experts for layer in store.layers], keep)
+    return Runtime(device, cache, Transfer(device, store, cache, host, scratch), policy)
+
+
 def _followed(former: Step | None, step: Step) -> Step | None:
     """The pass before, if this one goes on with its sequences; it forgets its own, so that no chain grows."""
     if former is None or former.batch != step.batch or former.positions_BS is None or step.positions_BS is None:
@@ -181,8 +214,8 @@ def _followed(former: Step | None, step: Step) -> Step | None:
     return former
 
 
-class _Work:
-    """One expert's rows, as work for the compute stream."""
+class _Rows:
+    """One expert's rows, to be computed on the compute stream."""
 
     __slots__ = ("expert", "groups", "span", "weights")
 

@@ -15,7 +15,7 @@ from duoserve.codec import Layout
 from duoserve.config import EngineConfig, parse_size
 from duoserve.convert import Conversion, layouts_of, store_size
 from duoserve.core import Refusal
-from duoserve.device import available_ram, open_device
+from duoserve.device import open_device
 from duoserve.engine import DEMO
 from duoserve.estimate import Estimate, Needs, Shares, estimate
 from duoserve.hub import resolve
@@ -24,6 +24,7 @@ from duoserve.needs import count_needs
 from duoserve.plan import Plan, check_memory, compute_dtype, default_budget, host_slabs, make_plan, size, trunk_format
 from duoserve.profile import Profile
 from duoserve.store import Store, StoreSize
+from duoserve.system import available_ram
 
 
 class Subject(NamedTuple):

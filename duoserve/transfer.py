@@ -96,7 +96,7 @@ class Transfer:
         former = slot.released if slot.ready is None else (*slot.released, slot.ready)
         cost = self.store.layout(key.layer).slab_bytes
         if self.host is None:
-            slot.ready = self.device.copy.submit(lambda: self.store.read_into(key, into), (), former, lane, cost)
+            slot.ready = self.device.copy.submit(lambda: self.store.read_into(key, into), (), former, lane, cost, key)
         else:
             slot.ready = self.host.send(key, into[:cost], former, lane)
         slot.released = ()
@@ -284,7 +284,7 @@ class HostTier:
                 slot = self._read(key, lane)
             source = self._slab(slot)[: into.numel()]
             sent = self.device.copy.submit(
-                lambda: into.copy_(source, non_blocking=True), (slot.ready,), behind, lane, into.numel()
+                lambda: into.copy_(source, non_blocking=True), (slot.ready,), behind, lane, into.numel(), key
             )
             slot.released = (*(e for e in slot.released if not e.done), sent)
             self.cache.turn(key.layer, 1, {key.expert: 1})
@@ -316,7 +316,7 @@ class HostTier:
         into = self._slab(slot)
         former = slot.released if slot.ready is None else (*slot.released, slot.ready)
         slot.ready = self.disk.submit(
-            lambda: self.store.read_into(key, into), (), former, lane, self.store.layout(key.layer).slab_bytes
+            lambda: self.store.read_into(key, into), (), former, lane, self.store.layout(key.layer).slab_bytes, key
         )
         slot.released = ()
         self.disk_reads += 1

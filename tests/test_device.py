@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from duoserve.core import Lane
-from duoserve.device import DONE, Event, ThreadDevice, WorkerStream, available_ram, host_arena, use_threads
+from duoserve.device import DONE, Event, ThreadDevice, WorkerStream, host_arena
+from duoserve.system import available_ram, use_threads
 
 
 @pytest.fixture
@@ -121,7 +122,7 @@ def test_threads_are_chosen_by_the_cores_that_may_be_used(monkeypatch: pytest.Mo
         monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
         assert use_threads(3) == torch.get_num_threads() == 3
         assert 1 <= use_threads() == torch.get_num_threads() <= len(os.sched_getaffinity(0))
-        monkeypatch.setattr("duoserve.device.usable_cores", lambda: 1.5)  # a container's quota
+        monkeypatch.setattr("duoserve.system.usable_cores", lambda: 1.5)  # a container's quota
         assert use_threads() == torch.get_num_threads() == 1
         monkeypatch.setenv("OMP_NUM_THREADS", "2")
         assert use_threads() == torch.get_num_threads() == 2

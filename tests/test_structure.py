@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = {
     0: {
         *("version", "core", "config", "device", "native", "int4", "codec", "checkpoint", "folder", "published"),
-        *("hub", "sizing", "durable", "headers", "attention", "routers", "benefit"),
+        *("hub", "sizing", "durable", "headers", "attention", "routers", "benefit", "system"),
     },
     1: {"store", "cache", "experts", "trunk", "manifest", "shelf"},
     2: {"convert", "transfer", "profile"},
@@ -34,6 +34,7 @@ SIDE_BY_SIDE = {
     ("config", "core"),
     ("decode", "ahead"),
     ("device", "core"),
+    ("device", "system"),
     ("codec", "core"),
     ("codec", "int4"),
     ("int4", "native"),
