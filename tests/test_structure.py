@@ -72,6 +72,8 @@ def imports(path: Path) -> Iterator[str]:
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
             yield node.module
+            if node.module == "duoserve":
+                yield from (f"duoserve.{alias.name}" for alias in node.names)
 
 
 @pytest.mark.parametrize("path", files("duoserve"), ids=lambda p: p.stem)
@@ -90,8 +92,8 @@ def test_imports_go_down_only(path: Path) -> None:
 
 def test_what_stands_beside_imports_only_the_words() -> None:
     for path in files("predictor", "traces"):
-        plain = {f"duoserve.{name}" for name in ("core", "routers", "durable", "headers", "version")}
-        assert {m for m in imports(path) if m.startswith("duoserve")} <= plain
+        plain = {f"duoserve.{name}" for name in ("core", "routers", "durable", "headers", "version", "native")}
+        assert {m for m in imports(path) if m.startswith("duoserve.")} <= plain
         if path.parts[-2] == "traces":
             assert not {m for m in imports(path) if m.startswith("predictor")}
     for path in files("dep_extension"):
