@@ -19,7 +19,7 @@ FLOORS = {
     2: {"convert", "transfer", "profile"},
     3: {"prefill", "decode", "ahead", "estimate"},
     4: {"moe"},
-    5: {"plan"},
+    5: {"plan", "together"},
     6: {"model", "needs"},
     7: {"engine"},
     8: {"conversation", "outlook", "measure"},
