@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = {
     0: {
         *("version", "core", "config", "device", "native", "int4", "codec", "checkpoint", "folder", "published"),
-        *("hub", "sizing", "durable", "headers", "attention", "routers", "benefit", "system"),
+        *("hub", "sizing", "durable", "headers", "attention", "routers", "benefit", "system", "sampling", "stopping"),
     },
     1: {"store", "cache", "experts", "trunk", "manifest", "shelf"},
     2: {"convert", "transfer", "profile"},
@@ -22,7 +22,7 @@ FLOORS = {
     5: {"plan", "together"},
     6: {"model", "needs"},
     7: {"engine"},
-    8: {"conversation", "outlook", "measure"},
+    8: {"conversation", "outlook", "measure", "service"},
     9: {"repl", "doctor"},
     10: {"opening"},
     11: {"tracing", "learning"},
