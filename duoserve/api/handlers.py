@@ -1,4 +1,4 @@
-"""What the routes do once a model answers: read, ask, reply whole or in events. Knows the parts; knows nothing of loading."""
+"""What the routes do once a model answers: ask it, reply whole or in events. Knows the parts; knows nothing of loading."""
 
 from __future__ import annotations
 

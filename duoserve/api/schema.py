@@ -83,7 +83,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _deeper(value: Any, depth: int) -> bool:
     level = [value]
-    for _ in range(depth + 1):
+    for _ in range(depth):
         level = [v for item in level if isinstance(item, (dict, list)) for v in _inside(item)]
         if not level:
             return False
@@ -300,8 +300,10 @@ class CompletionRequest(Sampled):
 
 
 class InputMessage(Strict):
-    neutral = {"id": (), "status": ("completed",), "phase": ()}
+    neutral = {"phase": ()}
     type: Literal["message"] = "message"
+    id: Annotated[str, StringConstraints(max_length=256)] | None = None  # of a former answer, sent back with it
+    status: Literal["in_progress", "completed", "incomplete"] | None = None
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[OutputPart], Field(min_length=1, max_length=MAX_MESSAGES)]
 
