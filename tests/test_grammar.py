@@ -128,7 +128,7 @@ def test_every_answer_of_the_demo_follows_its_schema(engine: Any, tokenizer: Any
     service.close()
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_every_answer_of_the_dice_follows_its_schema(tokenizer: Any, seed: int) -> None:
     for name, schema in SCHEMAS.items():
         mask, ids = mask_for(asked(schema), tokenizer), [7, 8]
@@ -205,7 +205,6 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "nowhere": ({"$ref": "#/$defs/none"}, "cannot be used"),
     "itself": ({"$ref": "#"}, "no answer can match it"),
     "a circle": ({"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"}, "no answer"),
-    "no end": (obj(a={"$ref": "#"}), "no answer can match it"),
     "type": ({"type": "objekt"}, "Invalid type: objekt"),
     "type of type": ({"type": 5}, "type must be"),
     "properties": ({"properties": [1]}, "properties must be an object"),

@@ -40,7 +40,7 @@ def compile_grammar(tokens: llguidance.LLTokenizer, grammar: str) -> tuple[llgui
         return matcher, _line(matcher.get_error())
     first = matcher.deep_copy()
     first.compute_bitmask()
-    if first.stop_reason().startswith("NoExtension"):
+    if first.get_error().startswith("NoExtension"):
         return matcher, "no answer can match it"
     return matcher, _line(first.get_error()) if first.is_error() else None
 

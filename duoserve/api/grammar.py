@@ -135,7 +135,7 @@ def _walk(value: Any) -> Iterator[tuple[int, Any, Any]]:
         depth, key, value = todo.pop()
         yield depth, key, value
         if isinstance(value, dict):
-            todo += [(depth + 1, k, v) for k, v in value.items() if isinstance(v, dict | list | str)]
+            todo += [(depth + isinstance(v, dict | list), k, v) for k, v in value.items()]
         elif isinstance(value, list):
             todo += [(depth + 1, None, v) for v in value if isinstance(v, dict | list)]
 
@@ -185,7 +185,7 @@ class _Trial:
         line = process.stdout.readline() if ready else ""
         if not line:
             self.end()
-            return f"it takes more than {COMPILE_S:.0f} s to compile"
+            return f"it takes more than {COMPILE_S:.0f} s to compile, or too much memory"
         return json.loads(line)["fault"]  # type: ignore[no-any-return]
 
     def _begin(self) -> subprocess.Popen[str]:
