@@ -299,7 +299,7 @@ class Service:
             return "length", None
         draw = Draw(request.sampling, len(request.ids), request.mask)
         text = TextStream(self.engine.tokenizer, request.stop, request.keep_stop, request.visible)
-        ends = self._ends() if not request.ignore_eos else set()
+        ends = self.ends if not request.ignore_eos else set()
         reader = _Reader(ticket, draw, text, ends, time.perf_counter() + self.limits.generation_s)
         ids_1S = torch.tensor([request.ids], device=self.engine.device.torch_device)
         self.engine.model.generate(
@@ -327,7 +327,9 @@ class Service:
             pad_token_id=min(ends, default=0),
         )
 
-    def _ends(self) -> set[int]:
+    @property
+    def ends(self) -> set[int]:
+        """Tokens that end an answer."""
         eos = self.engine.model.generation_config.eos_token_id
         return set(eos if isinstance(eos, list) else [eos] if eos is not None else [])
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -156,8 +155,9 @@ def test_without_parallel_calls_there_is_one(plain: Any) -> None:
 
 
 def test_a_real_generation_calls_what_it_must() -> None:
-    from duoserve.service import Request, Service
     from test_service import Reader
+
+    from duoserve.service import Request, Service
 
     with duoserve.load(None, predictor="none", sequences=2) as engine:
         engine.tokenizer.chat_template = HERMES_TEMPLATE
@@ -182,7 +182,16 @@ def written(format: Format, dice: random.Random) -> tuple[str, str, list[tuple[s
     """A text with calls, and what must be read out of it."""
     nasty = ["</tool_call>", "<tool_call>", "[TOOL_CALLS] [", '"', "\\", "}", "]", "{", "é", "🙂", "\n", "<", "a", " "]
     value: Any = lambda: dice.choice(  # noqa: E731
-        ["".join(dice.choices(nasty, k=dice.randrange(5))), dice.randrange(-9, 99), 1.5e-7, True, None, [], {}, [{"x": [1, "]"]}]]
+        [
+            "".join(dice.choices(nasty, k=dice.randrange(5))),
+            dice.randrange(-9, 99),
+            1.5e-7,
+            True,
+            None,
+            [],
+            {},
+            [{"x": [1, "]"]}],
+        ]
     )
     calls = []
     for _ in range(dice.randrange(4)):
@@ -190,7 +199,9 @@ def written(format: Format, dice: random.Random) -> tuple[str, str, list[tuple[s
         spaced = json.dumps(arguments, indent=dice.choice([None, None, 2]), ensure_ascii=dice.random() < 0.5)
         calls.append((dice.choice(["f", "get_weather", "a-b"]), spaced))
     objects = [
-        dice.choice(['{{"name": "{}", "arguments": {}}}', '{{ "arguments":{1},"name" :"{0}", "id": "abc" }}']).format(*call)
+        dice.choice(['{{"name": "{}", "arguments": {}}}', '{{ "arguments":{1},"name" :"{0}", "id": "abc" }}']).format(
+            *call
+        )
         for call in calls
     ]
     before = dice.choice(["", "Let me look.", "a < b\n<tool", "[TOOL", "[1] <|x|> {}", "  indented"])
@@ -227,7 +238,7 @@ def test_a_call_cut_short_is_what_there_is_of_it(format: Format) -> None:
         parser = Parser(format)
         cut = dice.randrange(len(text) + 1)
         said, begun = joined(parser.put(text[:cut]) + parser.end())
-        assert content.startswith(said.rstrip()) or said.strip() in text and not begun
+        assert content.startswith(said.rstrip()) or (said.strip() in text and not begun)
         assert parser.finish("length") == "length"
         assert len(begun) <= len(calls) and begun[:-1] == calls[: len(begun) - 1 if begun else 0]
         if begun:
@@ -374,7 +385,10 @@ def test_what_cannot_be_is_refused_in_one_line(plain: Any, name: str) -> None:
     tokenizer = dressed(plain, changes.get("template", HERMES_TEMPLATE))
     with pytest.raises(Refusal, match=why) as refusal:
         prepare(
-            changes.get("messages", QUESTION), changes.get("tools", TOOLS), changes.get("tool_choice", "auto"), tokenizer
+            changes.get("messages", QUESTION),
+            changes.get("tools", TOOLS),
+            changes.get("tool_choice", "auto"),
+            tokenizer,
         )
     assert "\n" not in str(refusal.value) and refusal.value.code in ("E_TOOLS", "E_TEMPLATE")
 

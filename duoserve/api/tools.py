@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from duoserve.api.calls import Format, Parser, body_rule, format_of
@@ -57,10 +57,12 @@ def prepare(
     tokenizer: Any,
     ends: Sequence[int] | None = None,
     parallel: bool = True,
+    within: Callable[[Callable[[], list[int]]], list[int]] = lambda render: render(),
 ) -> Prepared:
     """What OpenAI's `messages`, `tools`, `tool_choice` and `parallel_tool_calls` ask for.
 
-    `ends` as `grammar.mask_for`. Takes as long as a schema's compiling does: keep it off the event loop.
+    `ends` as `grammar.mask_for`; `within` calls what renders, within a bound.
+    Takes as long as a schema's compiling does: keep it off the event loop.
     """
     known = check_tools(tools or [])
     chosen, must = choose(known, tool_choice)
@@ -71,7 +73,9 @@ def prepare(
         if must:
             mask = mask_of(forced(format, chosen, tokenizer, ends, parallel), tokenizer, ends)
     shown = [tool.definition() for tool in known] if chosen else None
-    return Prepared(render(check_messages(messages), shown, tokenizer), mask, format, _visible(format, tokenizer))
+    clean = check_messages(messages)
+    ids = within(lambda: render(clean, shown, tokenizer))
+    return Prepared(ids, mask, format, _visible(format, tokenizer))
 
 
 def check_tools(tools: Sequence[Any]) -> list[Tool]:
@@ -191,7 +195,9 @@ def forced(
     format: Format, tools: Sequence[Tool], tokenizer: Any, ends: Sequence[int] | None = None, parallel: bool = True
 ) -> str:
     """The grammar of an answer that calls one of these tools, or several."""
-    rules = [format.rules(lambda text: marker_of(text, tokenizer, ends), [f"f{n}" for n in range(len(tools))], parallel)]
+    rules = [
+        format.rules(lambda text: marker_of(text, tokenizer, ends), [f"f{n}" for n in range(len(tools))], parallel)
+    ]
     for n, tool in enumerate(tools):
         rules += [f"f{n}: {body_rule(tool.name, f'a{n}')}", f"a{n}: {_arguments(tool)}"]
     return lark_grammar("\n".join(rules))
@@ -227,7 +233,9 @@ def _message(at: int, message: Any, asked: dict[str, str]) -> dict[str, Any]:
 
 
 def _call(where: str, call: Any, asked: dict[str, str]) -> dict[str, Any]:
-    function = call.get("function") if isinstance(call, Mapping) and call.get("type", "function") == "function" else None
+    function = (
+        call.get("function") if isinstance(call, Mapping) and call.get("type", "function") == "function" else None
+    )
     if not isinstance(function, Mapping) or not isinstance(call.get("id"), str):
         raise _wrong(f"{where} is no call of a function", 'write {"id", "type": "function", "function"}')
     name, arguments = function.get("name"), function.get("arguments")
@@ -248,7 +256,8 @@ def _content(where: str, content: Any, optional: bool) -> str:
     if content is None and optional:
         return ""
     if isinstance(content, list | tuple) and all(
-        isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in content
+        isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)
+        for part in content
     ):
         content = "".join(part["text"] for part in content)
     if not isinstance(content, str):
