@@ -150,6 +150,6 @@ def test_our_own_schema_holds_what_schemathesis_makes_of_it(engine: Any) -> None
                     )
                     hypothesis.seed(SEED)(settings(cases(check)))()
                 except (hypothesis.errors.Unsatisfiable, ValueError) as nothing:
-                    print(f"{found.ok().label} {mode}: {nothing}")  # a GET without parameters cannot be wrong
+                    print(f"{found.ok().label} {mode.value}: {type(nothing).__name__}")  # a GET without parameters cannot be wrong
         print(statuses)
         assert server.ask(CHAT, GOLDEN).status == 200
