@@ -10,12 +10,14 @@ from typing import Any
 import jsonschema
 import pytest
 import torch
+from test_service import Reader, ask
 
 import duoserve
 from duoserve.api import grammar
 from duoserve.api.grammar import mask_for
 from duoserve.core import Refusal
 from duoserve.sampling import Draw, Sampling
+from duoserve.service import Limits, Service
 
 STR = {"type": "string", "maxLength": 6}
 INT = {"type": "integer"}
@@ -90,9 +92,11 @@ def asked(schema: Any) -> dict[str, Any]:
 
 
 def completed(mask: Any, tokenizer: Any, ids: list[int], dice: random.Random) -> str:
-    """`ids` and what may follow until the end, the shortest of a few tokens that may each time: a way out, if there is one."""
+    """`ids` and what may follow until the end, closing what is open wherever that may be."""
     ids, eos = list(ids), tokenizer.eos_token_id
-    closers = {t for t in range(len(tokenizer)) if tokenizer.decode([t]).strip() in ('"', "}", "]", "]}", '"}', '"]', "}}")}
+    closers = {
+        t for t in range(len(tokenizer)) if tokenizer.decode([t]).strip() in ('"', "}", "]", "]}", '"}', '"]', "}}")
+    }
     for _ in range(1500):
         allowed = mask(torch.tensor(ids, dtype=torch.long)).nonzero().flatten().tolist()
         if eos in allowed:
@@ -104,14 +108,17 @@ def completed(mask: Any, tokenizer: Any, ids: list[int], dice: random.Random) ->
 
 def test_every_answer_of_the_demo_follows_its_schema(engine: Any, tokenizer: Any) -> None:
     """At a temperature where the model would say anything. What ends by length is the beginning of what follows."""
-    from duoserve.service import Limits, Service
-    from test_service import Reader, ask
-
     service = Service(engine, Limits(active=3, queue=99))
     readers = {
         name: Reader(
             service,
-            ask(engine, "Go on", max_new=12, sampling=Sampling(temperature=8.0, seed=n), mask=mask_for(asked(s), tokenizer)),
+            ask(
+                engine,
+                "Go on",
+                max_new=12,
+                sampling=Sampling(temperature=8.0, seed=n),
+                mask=mask_for(asked(s), tokenizer),
+            ),
         )
         for n, (name, s) in enumerate(SCHEMAS.items())
     }
@@ -135,7 +142,9 @@ def test_every_answer_of_the_dice_follows_its_schema(tokenizer: Any, seed: int) 
         draw = Draw(Sampling(temperature=1.0, seed=seed), 2, mask)
         noise = torch.Generator().manual_seed(seed)
         for _ in range(40):
-            scores = torch.randn((1, len(tokenizer) + 100), generator=noise) * 2  # a vocabulary larger than the tokenizer's
+            scores = (
+                torch.randn((1, len(tokenizer) + 100), generator=noise) * 2
+            )  # a vocabulary larger than the tokenizer's
             ids.append(int(draw(torch.tensor([ids]), scores).argmax()))  # type: ignore[arg-type]
             if ids[-1] == tokenizer.eos_token_id:
                 text = tokenizer.decode(ids[2:-1], clean_up_tokenization_spaces=False)
@@ -250,7 +259,9 @@ SLOW = {
 }
 
 
-def test_what_takes_too_long_is_ended_and_the_next_schema_served(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_takes_too_long_is_ended_and_the_next_schema_served(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trial = grammar._Trial(grammar._backend(tokenizer), [0])
     trial._start["limit_s"] = 0.3
     for name, schema in SLOW.items():
@@ -275,6 +286,12 @@ def test_grammars_are_kept_by_bytes(tokenizer: Any, monkeypatch: pytest.MonkeyPa
 
 
 def test_other_shapes_of_response_format_are_refused(tokenizer: Any) -> None:
-    for asked_for in ({"type": "grammar"}, {"type": None}, {}, {"type": "json_schema"}, {"type": "json_schema", "json_schema": {}}):
+    for asked_for in (
+        {"type": "grammar"},
+        {"type": None},
+        {},
+        {"type": "json_schema"},
+        {"type": "json_schema", "json_schema": {}},
+    ):
         with pytest.raises(Refusal, match="E_SCHEMA"):
             mask_for(asked_for, tokenizer)

@@ -1,1 +1,1 @@
-"""What speaks OpenAI's API: requests into the service's, its events into replies."""
+"""The HTTP side: OpenAI's API on a `duoserve.service.Service`. Knows requests, replies and sockets; knows no experts."""

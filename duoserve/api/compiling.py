@@ -1,8 +1,8 @@
 """A grammar's text becomes a matcher, within bounds; and the process that tries it first. Knows llguidance; knows nothing of
 requests, schemas or models, and imports neither torch nor the rest of the package: run as a file, it is that process.
 
-llguidance bounds most of its work itself, but not all: patterns that must be intersected or held apart, and multiples of large
-numbers, take minutes, and cannot be interrupted. So a grammar is first compiled where an alarm ends it.
+llguidance bounds most of its work itself, but not all: patterns that must be intersected or held apart, and multiples of
+large numbers, take minutes, and cannot be interrupted. So a grammar is first compiled where an alarm ends it.
 
     parent                                child
     {"tokenizer", "ends", "limit_s"}  ->

@@ -1,8 +1,8 @@
-"""Answers that must be JSON, or follow a schema: what may come next, step by step. Knows schemas and token ids; knows nothing of
-models, chats or HTTP.
+"""Answers that must be JSON, or follow a schema: what may come next, step by step. Knows schemas and token ids; knows
+nothing of models, chats or HTTP.
 
-A schema is bounded, compiled once by a process that may be ended (`compiling.py`), then here, and kept while it is used. Compiling
-takes up to two seconds and must not happen on an event loop.
+A schema is bounded, compiled once by a process that may be ended (`compiling.py`), then here, and kept while it is used.
+Compiling takes up to two seconds and must not happen on an event loop.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from duoserve.api.calls import Format, Parser, body_rule, format_of
 from duoserve.api.grammar import Mask, check_schema, lark_grammar, marker_of, mask_of, with_options
 from duoserve.core import Refusal
+from duoserve.stopping import special_ids
 
 MOST_TOOLS = 128
 NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
@@ -170,7 +171,7 @@ def _visible(format: Format | None, tokenizer: Any) -> frozenset[int]:
     if format is None:
         return frozenset()
     ids = (tokenizer.get_added_vocab().get(marker) for marker in (format.opens, format.closes))
-    return frozenset(token for token in ids if token in tokenizer.all_special_ids)
+    return frozenset(special_ids(tokenizer).intersection(ids))
 
 
 def check_parameters(known: Sequence[Tool], tokenizer: Any, ends: Sequence[int] | None = None) -> None:
@@ -191,7 +192,9 @@ def forced(
     format: Format, tools: Sequence[Tool], tokenizer: Any, ends: Sequence[int] | None = None, parallel: bool = True
 ) -> str:
     """The grammar of an answer that calls one of these tools, or several."""
-    rules = [format.rules(lambda text: marker_of(text, tokenizer, ends), [f"f{n}" for n in range(len(tools))], parallel)]
+    rules = [
+        format.rules(lambda text: marker_of(text, tokenizer, ends), [f"f{n}" for n in range(len(tools))], parallel)
+    ]
     for n, tool in enumerate(tools):
         rules += [f"f{n}: {body_rule(tool.name, f'a{n}')}", f"a{n}: {_arguments(tool)}"]
     return lark_grammar("\n".join(rules))
@@ -227,7 +230,9 @@ def _message(at: int, message: Any, asked: dict[str, str]) -> dict[str, Any]:
 
 
 def _call(where: str, call: Any, asked: dict[str, str]) -> dict[str, Any]:
-    function = call.get("function") if isinstance(call, Mapping) and call.get("type", "function") == "function" else None
+    function = (
+        call.get("function") if isinstance(call, Mapping) and call.get("type", "function") == "function" else None
+    )
     if not isinstance(function, Mapping) or not isinstance(call.get("id"), str):
         raise _wrong(f"{where} is no call of a function", 'write {"id", "type": "function", "function"}')
     name, arguments = function.get("name"), function.get("arguments")
@@ -248,7 +253,8 @@ def _content(where: str, content: Any, optional: bool) -> str:
     if content is None and optional:
         return ""
     if isinstance(content, list | tuple) and all(
-        isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in content
+        isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)
+        for part in content
     ):
         content = "".join(part["text"] for part in content)
     if not isinstance(content, str):
