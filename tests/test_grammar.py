@@ -115,7 +115,7 @@ def test_every_answer_of_the_demo_follows_its_schema(engine: Any, tokenizer: Any
             ask(
                 engine,
                 "Go on",
-                max_new=12,
+                max_new=8,
                 sampling=Sampling(temperature=8.0, seed=n),
                 mask=mask_for(asked(s), tokenizer),
             ),
@@ -295,3 +295,19 @@ def test_other_shapes_of_response_format_are_refused(tokenizer: Any) -> None:
     ):
         with pytest.raises(Refusal, match="E_SCHEMA"):
             mask_for(asked_for, tokenizer)
+
+
+def test_a_grammar_that_fails_in_an_answer_ends_that_answer_alone(engine: Any) -> None:
+    many = {"type": "object", "properties": {f"k{i}": {"type": "string"} for i in range(2000)}}
+    service = Service(engine, Limits(active=2))
+    greedy = Sampling(temperature=0)
+    failing = Reader(
+        service, ask(engine, "Go on", max_new=8, sampling=greedy, mask=mask_for(asked(many), engine.tokenizer))
+    )
+    other = Reader(
+        service, ask(engine, "Go on", max_new=8, sampling=greedy, mask=mask_for(asked(INT), engine.tokenizer))
+    )
+    end = failing.end()
+    assert end.finish == "error" and "E_SCHEMA: the grammar failed after 1 tokens" in str(end.error)
+    assert other.end().finish in ("stop", "length") and other.text.strip().lstrip("-").isdigit()
+    service.close()
