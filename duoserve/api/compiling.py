@@ -17,11 +17,12 @@ import resource
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import IO
 
 import llguidance
 
-MEMORY = 2 << 30  # bytes of address space that a trial may take
+MEMORY = 512 << 20  # bytes that grammars may add to what the process has with its tokenizer
 LIMITS = llguidance.LLParserLimits(
     max_lexer_states=20_000,  # one or two KiB each
     verbose_errors=False,
@@ -51,9 +52,10 @@ def _line(error: str) -> str:
 
 def serve(requests: IO[str], replies: IO[str]) -> None:
     """Try grammars until the pipe ends."""
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     start = json.loads(requests.readline())
     tokens = tokens_of(start["tokenizer"], start["ends"])
+    most = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + MEMORY
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
     for line in requests:
         signal.setitimer(signal.ITIMER_REAL, start["limit_s"])  # nobody handles the alarm: it ends this process
         fault = compile_grammar(tokens, json.loads(line)["grammar"])[1]
