@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from duoserve.api.calls import Format, Parser, body_rule, format_of
@@ -59,10 +59,12 @@ def prepare(
     tokenizer: Any,
     ends: Sequence[int] | None = None,
     parallel: bool = True,
+    within: Callable[[Callable[[], list[int]]], list[int]] = lambda render: render(),
 ) -> Prepared:
     """What OpenAI's `messages`, `tools`, `tool_choice` and `parallel_tool_calls` ask for.
 
-    `ends` as `grammar.mask_for`. Takes as long as a schema's compiling does: keep it off the event loop.
+    `ends` as `grammar.mask_for`; `within` calls what renders, within a bound.
+    Takes as long as a schema's compiling does: keep it off the event loop.
     """
     known = check_tools(tools or [])
     chosen, must = choose(known, tool_choice)
@@ -73,7 +75,9 @@ def prepare(
         if must:
             mask = mask_of(forced(format, chosen, tokenizer, ends, parallel), tokenizer, ends)
     shown = [tool.definition() for tool in known] if chosen else None
-    return Prepared(render(check_messages(messages), shown, tokenizer), mask, format, _visible(format, tokenizer))
+    clean = check_messages(messages)
+    ids = within(lambda: render(clean, shown, tokenizer))
+    return Prepared(ids, mask, format, _visible(format, tokenizer))
 
 
 def check_tools(tools: Sequence[Any]) -> list[Tool]:
