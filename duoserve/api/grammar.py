@@ -168,14 +168,14 @@ def marker_of(text: str, tokenizer: Any, ends: Sequence[int] | None = None) -> s
 
 
 class _Trial:
-    """The process that tries grammars; started when first needed, and after it had to be ended."""
+    """The process that tries grammars; started when first needed, and again where it was ended."""
 
     def __init__(self, tokenizer_json: str, ends: Sequence[int]):
         self._start = {"tokenizer": tokenizer_json, "ends": list(ends), "limit_s": COMPILE_S / 2}
         self._process: subprocess.Popen[str] | None = None
 
     def fault(self, grammar: str) -> str | None:
-        """What is wrong with it, in one line."""
+        """What is wrong with it, in one line. Raises `Busy` where nobody can say."""
         fresh = self._process is None
         process = self._process or self._begin()
         with contextlib.suppress(BrokenPipeError):
@@ -185,7 +185,7 @@ class _Trial:
         line = process.stdout.readline() if ready else ""
         if not line:
             self.end()
-            return f"it takes more than {COMPILE_S:.0f} s to compile, or too much memory"
+            raise Busy("what compiles schemas has ended or does not answer; it is started anew", "server", 2)
         return json.loads(line)["fault"]  # type: ignore[no-any-return]
 
     def _begin(self) -> subprocess.Popen[str]:
