@@ -149,7 +149,7 @@ def test_our_own_schema_holds_what_schemathesis_makes_of_it(engine: Any) -> None
                         max_examples=EXAMPLES, deadline=None, suppress_health_check=list(hypothesis.HealthCheck)
                     )
                     hypothesis.seed(SEED)(settings(cases(check)))()
-                except (hypothesis.errors.Unsatisfiable, ValueError) as nothing:
-                    print(f"{found.ok().label} {mode.value}: {type(nothing).__name__}")  # a GET without parameters cannot be wrong
+                except hypothesis.errors.Unsatisfiable:  # a GET without parameters cannot be wrong
+                    print(f"{found.ok().label}: nothing {mode.value}")
         print(statuses)
         assert server.ask(CHAT, GOLDEN).status == 200
