@@ -93,6 +93,7 @@ def running(
     server = serving.make_server(app, host, drain_s)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])))
     thread.start()
+    outer = engine.runtime.company if engine is not None else None  # another server of this engine's, idle meanwhile
     service = Service(engine, limits) if engine is not None else None
     if service is not None:
         host.ready(engine, service)
@@ -106,6 +107,7 @@ def running(
         assert not thread.is_alive()
         if service is not None:
             service.close()
+            engine.runtime.company = outer
 
 
 def request(method: str, path: str, body: Any, port: int, headers: dict[str, str] | None = None) -> bytes:
