@@ -80,6 +80,7 @@ class Machine:
     def run(self, steps: int = 12) -> Run:
         self.runtime.record(self.timeline)
         for seed in range(steps):
+            time.sleep(SLOW / 2)  # outside
             self.step(rows=12 if seed == 0 else 1, seed=seed)
         self.runtime.record(None)
         self.device.close()
@@ -119,6 +120,9 @@ def test_busy_plus_stall_plus_idle_is_the_wall_time_of_every_track_and_nothing_o
         assert item.overlap_s < 1e-6 and item.unknown_s < 0.01 * run.seconds, item
     computed = [span for span in run.spans if span.kind == EXPERT]
     assert len(computed) == machine.asked, "every expert that was asked for was computed once"
+    for kind, times in ((TRUNK, LAYERS), (OUTSIDE, 1)):  # what sleeps there is found there, not in what comes after
+        slept = [span for span in run.spans if span.kind == kind and span.end - span.start >= SLOW / 2]
+        assert len(slept) >= times * len(run.passes), kind
     if slow == "compute":
         assert all(span.end - span.start >= SLOW for span in computed)
     counts = machine.runtime.transfer.counts()
