@@ -59,7 +59,7 @@ class Ahead:
         cache: ExpertCache,
         transfer: Transfer,
         experts_per_layer: list[int],
-        think: Callable[[Callable[[], None], bool], Event],
+        think: Callable[[Callable[[], None], int, bool], Event],
     ):
         self._cache, self._transfer, self._experts, self._think = cache, transfer, experts_per_layer, think
         self.predictor: Predictor | None = None
@@ -184,7 +184,7 @@ class Ahead:
         self.asked += 1
         self._asked.append(ranking)
         self._due.append(ranking)
-        self._think(rank, len(self._timed) < TIMED or (self._rank_s or 0) < QUICK_S)
+        self._think(rank, layer, len(self._timed) < TIMED or (self._rank_s or 0) < QUICK_S)
 
     def _took(self, seconds: float) -> None:
         if len(self._timed) < TIMED:

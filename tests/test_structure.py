@@ -14,10 +14,11 @@ FLOORS = {
     0: {
         *("version", "core", "config", "device", "native", "int4", "codec", "checkpoint", "folder", "published"),
         *("hub", "sizing", "durable", "headers", "attention", "routers", "benefit", "system", "sampling", "stopping"),
+        "timeline",
     },
-    1: {"store", "cache", "experts", "trunk", "manifest", "shelf"},
-    2: {"convert", "transfer", "profile"},
-    3: {"prefill", "decode", "ahead", "estimate"},
+    1: {"store", "cache", "experts", "trunk", "manifest", "shelf", "runfile"},
+    2: {"convert", "transfer", "profile", "lanes"},
+    3: {"prefill", "decode", "ahead", "estimate", "chrometrace", "picture"},
     4: {"moe"},
     5: {"plan", "together"},
     6: {"model", "needs"},
@@ -25,7 +26,7 @@ FLOORS = {
     8: {"conversation", "outlook", "measure", "service"},
     9: {"repl", "doctor"},
     10: {"opening"},
-    11: {"tracing", "learning"},
+    11: {"tracing", "learning", "showing"},
     12: {"cli"},
 }
 ROOF = {"opening", "tracing", "learning", "cli"}  # these alone put what learns and what serves together
@@ -34,6 +35,8 @@ SIDE_BY_SIDE = {
     ("config", "core"),
     ("decode", "ahead"),
     ("device", "core"),
+    ("device", "timeline"),
+    ("timeline", "core"),
     ("device", "system"),
     ("codec", "core"),
     ("codec", "int4"),
@@ -118,7 +121,7 @@ def test_nothing_that_is_loaded_can_run_code(path: Path) -> None:
 
 
 def test_cache_and_core_import_no_torch() -> None:
-    for name in ("core", "cache", "config", "durable", "headers", "manifest", "shelf"):
+    for name in ("core", "cache", "config", "durable", "headers", "manifest", "shelf", "timeline", "runfile", "lanes"):
         assert not any(
             m == "torch" or m.startswith("torch.") for m in imports_at_runtime(ROOT / "duoserve" / f"{name}.py")
         )
