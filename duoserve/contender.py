@@ -53,6 +53,7 @@ class Subject(Protocol):
     """What is measured."""
 
     model: Any
+    torch_device: torch.device  # where tokens go: `model.device` is meta where its embeddings lie on disk
 
     def about(self) -> dict[str, Any]: ...
 
@@ -70,7 +71,7 @@ class Ours:
 
     def __init__(self, contender: Contender):
         self.engine: Engine = opening.load(contender.model, **contender.options)
-        self.model = self.engine.model
+        self.model, self.torch_device = self.engine.model, self.engine.device.torch_device
         if contender.routes == "uniform":
             uniform_routes(self.model)
 
@@ -107,7 +108,7 @@ class Peer:
         options = contender.options
         assert contender.model is not None, contender
         use_threads(options["threads"])
-        self._options = options
+        self._options, self.torch_device = options, torch.device(options["device"])
         self.model = open_peer(
             contender.engine, Path(contender.model), options["dtype"], options["device"], options["memory"], scratch
         )
@@ -167,7 +168,7 @@ class _Clock(transformers.StoppingCriteria):
 
 def run(subject: Subject, ids: list[list[int]], mask: list[list[int]], pad: int, new_tokens: int) -> dict[str, Any]:
     """Figures of one request: seconds, bytes, counts, and the tokens themselves."""
-    ids_BS = torch.tensor(ids, device=subject.model.device)
+    ids_BS = torch.tensor(ids, device=subject.torch_device)
     before, stalled = subject.counts(), subject.stalls()
     clock = _Clock(subject.counts)
     with torch.inference_mode():
@@ -258,6 +259,8 @@ def main() -> None:
     os.dup2(2, 1)  # whatever prints, prints elsewhere
     quiet()
     contender = Contender(**json.loads(sys.stdin.readline()))
+    if contender.scratch is not None:
+        Path(contender.scratch).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=contender.scratch, prefix="duoserve-bench-") as scratch:
         service = Service(contender, Path(scratch))
         for line in sys.stdin:

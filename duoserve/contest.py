@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from duoserve.cap import Group, memory_group
 from duoserve.config import size
@@ -96,10 +96,12 @@ class Failed(Exception):
 class Process:
     """A contender in a process of its own, within its cap."""
 
+    command: ClassVar[list[str]] = [sys.executable, "-m", "duoserve.contender"]
+
     def __init__(self, contender: Contender, number: int, stack: ExitStack, patience_s: float = PATIENCE_S):
         self.contender, self._patience_s = contender, patience_s
         self._said = stack.enter_context(tempfile.TemporaryFile("w+", errors="replace"))
-        command = [sys.executable, "-m", "duoserve.contender"]
+        command = self.command
         self._group: Group | None = None
         if contender.cap is not None:
             self._group = stack.enter_context(memory_group(contender.cap, str(number)))
@@ -115,10 +117,15 @@ class Process:
     def ask(self, do: str, **what: Any) -> dict[str, Any]:
         """Its answer; raises `Failed`."""
         self._write({"do": do} | what)
-        found = json.loads(self._line())
+        line = self._line()
+        try:
+            found = json.loads(line)
+        except ValueError as error:
+            self._process.kill()
+            raise Failed(_plain(f"answered no JSON: {line[:80].decode(errors='replace')!r}")) from error
         if "error" in found:
             raise Failed(_plain(found["error"]))
-        return found
+        return dict(found)
 
     def end(self) -> None:
         """Let it go; ends it where it does not go by itself."""

@@ -9,7 +9,7 @@ Names are llama-bench's where it has one. Its tests read or write tokens; ours d
     n_batch, n_threads             sequences that run together; threads of arithmetic
     n_prompt, n_gen                mean tokens of a prompt, padding apart; tokens made for each
     test_time                      when, UTC
-    avg_ns, stddev_ns, samples_ns  nanoseconds of decode, first token to last, a request
+    avg_ns, stddev_ns, samples_ns  nanoseconds of decode, from the first token to the last
     avg_ts, stddev_ts, samples_ts  decoded tokens a second over the batch: tokens after the first
 
 Ours:
