@@ -1,10 +1,10 @@
-"""Ours against Accelerate with disk offload and stock transformers, within the same memory: a random-weight Mixtral of 1.5 B.
+"""Ours against Accelerate with disk offload and stock transformers in the same memory, on a random-weight Mixtral of 1.5 B.
 
     python -m benchmarks.peers FOLDER [--cap 900MB] [--residency 50%] [--new-tokens 9] [--output FILE.jsonl]
 
 FOLDER takes the model (3 GB, made at first use), its store, and 3 GB more while Accelerate runs. Each row is a process, those
-with a cap in a memory control group of that size (needs root), and begins with nothing of its files in the page cache. Rows
-take turns. Ours gets uniform random routes, so that a random router that repeats itself cannot fake hits; peers keep theirs.
+with a cap in a memory control group of that size (needs root), and begins with nothing of its files in the page cache.
+Rows take turns. Ours gets uniform random routes, so that a random router that repeats itself cannot fake hits; peers keep theirs.
 Printed: the table of `duoserve bench`, and ours over each peer in decode and to the first token.
 """
 

@@ -318,7 +318,7 @@ def _takes(contender: Contender, subject: Subject) -> int:
         return contender.cap
     if contender.engine == "duoserve":
         return INTERPRETER + int(contender.options["budget"])
-    return INTERPRETER + int(1.5 * subject.checkpoint_bytes)
+    return INTERPRETER + int(2.2 * subject.checkpoint_bytes)  # while transformers loads, most of it is there twice
 
 
 def _profile(cache_dir: str | None, say: Callable[[str], None]) -> Profile | None:

@@ -1,6 +1,7 @@
 """One contender of a benchmark, alone in its process: ours or a peer, which loads and answers when a line on stdin says so.
 
     python -m duoserve.contender       first line: what it is (`contest.Contender`), then requests, a line of JSON each:
+    {"do": "ready"}                    everything is imported
     {"do": "open"}                     loads, or loads anew, with nothing of its files in the page cache
     {"do": "run", "ids": [[...]], "mask": [[...]], "pad": 0, "new_tokens": 32}      answers greedily
 
@@ -207,6 +208,8 @@ class Service:
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
         do = request.pop("do")
+        if do == "ready":
+            return {}
         if do == "open":
             return self.open()
         assert self._subject is not None, do

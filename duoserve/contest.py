@@ -194,8 +194,8 @@ def compete(
     found = []
     for number, group in enumerate(groups):
         with ExitStack() as stack:
-            starts = enumerate(group, number)
-            found += _group([(one, _started(one, at, stack, course, say)) for at, one in starts], cells, course, say)
+            started = [(one, _started(one, at, stack, course, say)) for at, one in enumerate(group, number)]
+            found += _group([(one, _ready(process)) for one, process in started], cells, course, say)
     return found
 
 
@@ -204,6 +204,17 @@ def _started(contender: Contender, number: int, stack: ExitStack, course: Course
     say(f"starting {contender.row}")
     try:
         return Process(contender, number, stack, course.patience_s)
+    except Failed as failed:
+        return str(failed)
+
+
+def _ready(process: Process | str) -> Process | str:
+    """Once it has imported what it needs: while others do, nobody is measured."""
+    if isinstance(process, str):
+        return process
+    try:
+        process.ask("ready")
+        return process
     except Failed as failed:
         return str(failed)
 
