@@ -2,9 +2,10 @@
 
     python -m benchmarks.peers FOLDER [--cap 900MB] [--residency 50%] [--new-tokens 9] [--output FILE.jsonl]
 
-FOLDER takes the model (3 GB, made at first use), its store, and 3 GB more while Accelerate runs. Each row is a process, those
-with a cap in a memory control group of that size (needs root), and begins with nothing of its files in the page cache.
-Rows take turns. Ours gets uniform random routes, so that a random router that repeats itself cannot fake hits; peers keep theirs.
+FOLDER takes the model (3 GB, made at first use), its store, and 3 GB more while Accelerate runs. Each row is a process,
+those with a cap in a memory control group of that size (needs root), and begins with nothing of its files in the page cache.
+Rows take turns. Ours gets uniform random routes, so that a random router that repeats itself cannot fake hits; peers keep
+theirs. Shares of the limit are of the bytes that the row moved itself: who moves more than it needs has an easier limit.
 Printed: the table of `duoserve bench`, and ours over each peer in decode and to the first token.
 """
 

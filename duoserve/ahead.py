@@ -15,6 +15,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from typing import Any
 
+import torch
+
 from duoserve.benefit import Benefit
 from duoserve.cache import ExpertCache
 from duoserve.core import Key, Phase, Predictor, Step, When
@@ -39,6 +41,14 @@ class Ranking:
         self.experts: list[int] | None = None
         self.next = self.issued = 0
         self.over = False  # the router has spoken
+
+
+def _likely(scores_E: torch.Tensor, most: int) -> list[int]:
+    """At most so many experts that are likelier than not, likeliest first. Without torch operations: each of them hands the
+    interpreter to whoever copies."""
+    scores = scores_E.numpy()
+    order = (-scores).argsort(kind="stable")[:most]
+    return [e for e, score in zip(order.tolist(), scores[order].tolist(), strict=True) if score > LIKELY]
 
 
 class Ahead:
@@ -163,11 +173,10 @@ class Ahead:
                 return
             began = self._transfer.device.now()
             try:
-                best = predictor.rank(step, layer).topk(n)
+                ranking.experts = _likely(predictor.rank(step, layer), n)
             except Exception as error:  # tokens do not depend on it
                 ranking.error = error
                 return
-            ranking.experts = best.indices[best.values > LIKELY].tolist()
             self._took(self._transfer.device.now() - began)
             with self._transfer.lock:
                 self._guess(ranking)

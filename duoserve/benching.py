@@ -165,16 +165,19 @@ class Subject:
     dtype: str
     cells: list[Cell]
     ctx: int
-    smallest: Plan
+    sequences: int
+    smallest: Plan  # without a predictor
+    predictor_bytes: int
     checkpoint_bytes: int
     needs: Any
     peer_needs: Any
 
-    def budget(self, share: float) -> int:
-        """Bytes that give `share` of the experts a slot, by the plan's own arithmetic."""
+    def budget(self, share: float, asks: bool) -> int:
+        """Bytes that give `share` of the experts a slot, by the plan's own arithmetic; `asks` a predictor, or none."""
         plan = self.smallest
         slots = max(plan.slots, round(share * plan.experts))
-        return plan.planned_bytes + (slots - plan.slots) * plan.slot_bytes
+        extra = self.predictor_bytes if asks else 0
+        return plan.planned_bytes + extra + (slots - plan.slots) * plan.slot_bytes
 
     def half_precision(self, share: float) -> int:
         """Bytes of a peer's weights with `share` of them in memory."""
@@ -197,11 +200,8 @@ def study(model: str | None, matrix: Matrix, options: dict[str, Any]) -> Subject
         cells, ctx = _cells(engine, matrix)
         folder, device = engine.store.folder, engine.device.name
         dtype, bf16_bytes = str(engine.dtype).removeprefix("torch."), engine.store.size.bf16_bytes
-    extra: dict[str, Any] = {
-        "budget": "min",
-        "ctx": ctx,
-        "predictor_bytes": opening.predictor_bytes(model, matrix.predictor),
-    }
+    sequences = max(matrix.batches)
+    extra: dict[str, Any] = {"budget": "min", "ctx": ctx, "sequences": sequences}
     plain = {name: value for name, value in known.items() if name != "threads"}
     looked = outlook.look(model, **plain, **extra)
     peers = outlook.look(model, **(plain | {"format": "bf16", "trunk": "bf16"}), **extra) if matrix.peers else None
@@ -214,7 +214,9 @@ def study(model: str | None, matrix: Matrix, options: dict[str, Any]) -> Subject
         dtype=dtype,
         cells=cells,
         ctx=ctx,
+        sequences=sequences,
         smallest=looked.plan,
+        predictor_bytes=opening.predictor_bytes(model, matrix.predictor),
         checkpoint_bytes=bf16_bytes * (2 if dtype == "float32" else 1),
         needs=looked.needs,
         peer_needs=peers.needs if peers else None,
@@ -236,7 +238,7 @@ def _cells(engine: Engine, matrix: Matrix) -> tuple[list[Cell], int]:
         rows = [_tokens(engine, prompt, most) for prompt in prompts.prompts]
         for batch in matrix.batches:
             requests = tuple(_request(engine, rows, n * batch, batch) for n in range(matrix.course.requests))
-            ctx = max([ctx, *(batch * (len(r.ids[0]) + new) for r in requests)])
+            ctx = max([ctx, *(len(r.ids[0]) + new for r in requests)])
             cells.append(Cell(prompts.name, batch, requests))
     return cells, ctx
 
@@ -272,9 +274,12 @@ def _ours(subject: Subject, matrix: Matrix, options: dict[str, Any]) -> Iterator
 
 def ours(row: str, subject: Subject, share: float, policy: str, matrix: Matrix, options: dict[str, Any]) -> Contender:
     """Our engine with `share` of the experts in slots."""
+    from duoserve.opening import ASKING
+
     known = {name: value for name, value in options.items() if value is not None}
-    known |= {"budget": subject.budget(share), "ctx": subject.ctx, "policy": policy}
-    if policy == "duoserve" and matrix.predictor is not None:
+    known |= {"budget": subject.budget(share, policy in ASKING), "ctx": subject.ctx, "sequences": subject.sequences}
+    known["policy"] = policy
+    if policy in ASKING and matrix.predictor is not None:
         known["predictor"] = matrix.predictor
     return Contender(row, "duoserve", subject.model, str(subject.folder), known, matrix.routes, matrix.cap)
 

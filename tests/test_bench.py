@@ -164,6 +164,15 @@ def test_ours_and_peers_make_the_stock_models_tokens(toy: Any, cache: Path, scra
                 assert about["residency"] == pytest.approx(0.5 if "policy" not in who.options else 2 / 18)
 
 
+def test_every_policy_has_as_many_slots_whether_or_not_it_asks_a_predictor(bench: Any, tmp_path: Path) -> None:
+    out = tmp_path / "r.jsonl"
+    asked = ("--policies", "duoserve,lru", "--residency", "25%", "--new-tokens", "2", "--repetitions", "1")
+    bench(*asked, "--prompts", "questions", "-o", str(out))
+    rows = results.read(out)
+    assert {(r["row"], r["slots"], r["predictor"]) for r in rows} == {("duoserve 25%", 48, "head"), ("lru 25%", 48, None)}
+    assert all(r["model_filename"] == "demo" and r["tokens_sha256"] for r in rows)
+
+
 def test_uniform_routes_hit_as_often_as_residency(toy: Any, cache: Path) -> None:
     with ExitStack() as stack:
         process = Here(replace(of_engine(toy("mixtral"), cache, policy="lru"), routes="uniform"), 0, stack, 60)
