@@ -41,6 +41,11 @@ def _rate(r: Record) -> str:
     return "" if r["avg_ts"] is None else f"{r['avg_ts']:.1f} ± {r['stddev_ts']:.1f}"
 
 
+def _link(r: Record) -> str:
+    share = "" if r["link_share"] is None else f" {r['link_share']:.0%}"
+    return "" if r["link_gbps"] is None else f"{r['link_gbps']:.2f}{share}"
+
+
 def _stall(r: Record) -> str:
     """In all, and the cause that costs most."""
     if not r["stall_s"]:
@@ -59,6 +64,7 @@ COLUMNS: tuple[tuple[str, Callable[[Record], str]], ...] = (
     ("prompts", lambda r: str(r["prompts"])),
     ("batch", lambda r: str(r["n_batch"])),
     ("phase", lambda r: str(r["phase"])),
+    ("load s", _number("load_s", "{:.1f}")),
     ("ttft s", _number("ttft_s", "{:.3f}")),
     ("e2e p50", _number("e2e_p50_s", "{:.3f}")),
     ("p95", _number("e2e_p95_s", "{:.3f}")),
@@ -68,8 +74,7 @@ COLUMNS: tuple[tuple[str, Callable[[Record], str]], ...] = (
     ("flight", _number("in_flight", "{:.0%}")),
     ("miss", _number("miss", "{:.0%}")),
     ("MB/tok", _number("bytes_per_token", "{:.2f}", 1e-6)),
-    ("GB/s", _number("link_gbps", "{:.2f}")),
-    ("of link", _number("link_share", "{:.0%}")),
+    ("GB/s, of link", _link),
     ("stall s", _stall),
     ("peak MB", _number("rss_peak_bytes", "{:.0f}", 1e-6)),
     ("of limit", _limit),
