@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 INTERPRETER = 500 << 20  # bytes that Python, torch and transformers take before any weight, about
 ROUTES = ("real", "uniform")
 STEADY = 3  # requests of a repetition
-MAX_BATCH, MAX_NEW = 1024, 1 << 20
+MAX_BATCH, MAX_NEW, LONGEST = 1024, 1 << 20, 1 << 30
 Model = Annotated[
     str | None, typer.Argument(help="Hub id, checkpoint folder or expert store; the bundled demo if left out.")
 ]
@@ -228,9 +228,7 @@ def _cells(engine: Engine, matrix: Matrix) -> tuple[list[Cell], int]:
     from duoserve.sizing import model_limit
 
     new = matrix.course.new_tokens
-    most = min(n for n in (model_limit(engine.model.config), matrix.limit_tokens, 1 << 30) if n)
-    if matrix.limit_tokens is None:
-        most -= new
+    most = min((model_limit(engine.model.config) or LONGEST) - new, matrix.limit_tokens or LONGEST)
     if most < 1:
         raise Refusal("E_CTX", f"{new} new tokens leave no room for a prompt", "lower --new-tokens", 4)
     cells, ctx = [], 0

@@ -139,10 +139,6 @@ class Process:
             self._process.wait()
         self._process.stdout.close()
 
-    @property
-    def alive(self) -> bool:
-        return self._process.poll() is None
-
     def _write(self, what: dict[str, Any]) -> None:
         assert self._process.stdin is not None
         try:

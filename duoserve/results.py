@@ -30,7 +30,7 @@ Ours:
     limit_s, limited_by, share_of_limit    seconds of a decode step that no engine could beat with these bytes (the larger of
                                    bytes moved / link and bytes read / memory), which it is, and limit / median measured
     tokens_sha256                  of all tokens made, in order: the same answers have the same
-    error                          why there are no figures; null where there are
+    error                          why figures are missing, or of fewer requests than asked; null where all is there
     machine                        what it ran on, by name
 """
 

@@ -38,9 +38,9 @@ class Setting:
 
 
 def record(outcome: Outcome, phase: str, setting: Setting) -> Record:
-    """One row. Without samples its figures are None, and `error` says why."""
+    """One row. Where its contender failed on the way, `error` says why, whatever samples there were before."""
     contender, about, samples = outcome.contender, outcome.about, outcome.samples[phase]
-    error = None if samples else outcome.error or "no samples"
+    error = outcome.error or (None if samples else "no samples")
     return (
         _who(outcome, phase, setting)
         | _decode(samples, outcome.cell.batch)

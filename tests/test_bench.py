@@ -255,6 +255,20 @@ def test_a_peer_that_dies_gives_a_row_that_says_so(monkeypatch: pytest.MonkeyPat
     assert all(row["error"] in line for row, line in zip(rows, table[1:], strict=False)) and "no figures" in table[-1]
 
 
+def test_a_row_whose_contender_died_on_the_way_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It answers the first repetition in full, and then its process is gone."""
+    answer = json.dumps(sample())
+    lines = ["{}", '{"load_s": 1.0}', *[answer] * 4]
+    code = f"for line in {lines!r}:\n    print(line, flush=True)\n    sys.stdin.readline()"
+    monkeypatch.setattr(Process, "command", doing(code))
+    who = Contender("stock", "stock", "m", ".", {})
+    (outcome,) = compete([who], [cell()], Course(2, 1, 5, patience_s=30), True, lambda what: None)
+    rows = [tally.record(outcome, phase, SETTING) for phase in PHASES]
+    assert [len(row["samples_ts"]) for row in rows] == [1, 1, 1]
+    assert all(row["error"].startswith("ended with status 0") for row in rows)
+    assert sum("ended with status 0" in line for line in board.table(rows)) == 3
+
+
 def test_a_peer_beyond_its_cap_gives_a_row_that_names_the_cap(monkeypatch: pytest.MonkeyPatch) -> None:
     try:
         with cap.memory_group(64 << 20, "test"):
