@@ -21,6 +21,7 @@ from duoserve import benching, doctor, results
 from duoserve.board import table
 from duoserve.config import parse_share, parse_size, size
 from duoserve.contest import STEADY, Course
+from duoserve.matrix import INTERPRETER, Matrix, ours, peer, study
 from duoserve.prompts import prompt_set
 
 PROMPT_TOKENS = 64
@@ -29,36 +30,36 @@ PROMPT_TOKENS = 64
 def measure(folder: Path, cap: int, share: float, course: Course) -> list[results.Record]:
     """Rows of results: ours and the peers within the cap, and stock transformers without one."""
     options: dict[str, Any] = {"format": "int4", "cache_dir": str(folder / "cache")}
-    matrix = benching.Matrix(
+    asked = Matrix(
         policies=["duoserve"], residencies=[share], sets=[prompt_set("all")], batches=[1], peers=["stock", "accelerate"],
         cap=cap, routes="uniform", course=course, limit_tokens=PROMPT_TOKENS,
     )  # fmt: skip
-    subject = benching.study(str(folder), matrix, options)
+    subject = study(str(folder), asked, options)
     profile, why = doctor.known_profile(str(folder / "cache"))
     if profile is None:
         say(f"measuring this machine: {why}")
         profile = doctor.quick_profile(str(folder / "cache"))
-    rest = max(1, cap - benching.INTERPRETER)
+    rest = max(1, cap - INTERPRETER)
     within = size(cap)
     contenders = [
-        benching.ours(f"duoserve int4 {share:.0%}, {within}", subject, share, "duoserve", matrix, options),
-        benching.peer(f"accelerate, {within}", "accelerate", subject, rest, cap, options),
-        benching.peer(f"stock, {within}", "stock", subject, None, cap, options),
-        benching.peer("stock, no cap", "stock", subject, None, None, options),
+        ours(f"duoserve int4 {share:.0%}, {within}", subject, share, "duoserve", asked, options),
+        peer(f"accelerate, {within}", "accelerate", subject, rest, cap, options),
+        peer(f"stock, {within}", "stock", subject, None, cap, options),
+        peer("stock, no cap", "stock", subject, None, None, options),
     ]
-    return benching.run(subject, contenders, matrix, profile, options, say)
+    return benching.run(subject, contenders, asked, profile, options, say)
 
 
 def ahead(records: list[results.Record]) -> list[str]:
     """Ours over each peer, steady."""
-    mine, *peers = [r for r in records if r["phase"] == STEADY]
+    mine, *others = [r for r in records if r["phase"] == STEADY]
     lines = []
-    for peer in peers:
-        if mine["error"] or peer["error"]:
-            lines.append(f"over {peer['row']}: {mine['error'] or peer['error']}")
+    for other in others:
+        if mine["error"] or other["error"]:
+            lines.append(f"over {other['row']}: {mine['error'] or other['error']}")
             continue
-        decode, first = mine["avg_ts"] / peer["avg_ts"], peer["ttft_s"] / mine["ttft_s"]
-        lines.append(f"over {peer['row']}: {decode:.2f}x in decode, {first:.2f}x to the first token")
+        decode, first = mine["avg_ts"] / other["avg_ts"], other["ttft_s"] / mine["ttft_s"]
+        lines.append(f"over {other['row']}: {decode:.2f}x in decode, {first:.2f}x to the first token")
     return lines
 
 

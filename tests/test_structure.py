@@ -26,7 +26,7 @@ FLOORS = {
     8: {"conversation", "outlook", "measure", "service"},
     9: {"repl", "doctor"},
     10: {"opening"},
-    11: {"tracing", "learning", "contender"},
+    11: {"tracing", "learning", "contender", "matrix"},
     12: {"benching"},
     13: {"cli"},
 }
