@@ -24,6 +24,8 @@ Ours:
     samples_e2e_s, e2e_p50_s, e2e_p95_s, e2e_p99_s   seconds of a whole request; percentiles interpolate between samples
     hit, in_flight, miss           shares of the experts that decode asked for; null where nobody counts (peers)
     bytes_per_token, ttft_bytes    bytes moved for a decoded token, for a prompt; of peers what the process read from disk
+    paged_bytes                    read from disk beside the copies by ours on a CPU, mean of a request: pages of programs
+                                   and files that a cap had dropped; null elsewhere
     link_gbps, link_rate_gbps, link_share   while the link was busy; as measured with nothing else to do; their ratio
     stall_s                        cause -> seconds that a request's compute waited for experts, mean
     load_s, rss_peak_bytes, used_bytes     mean seconds to load; of the process, all told; of the budget

@@ -46,6 +46,7 @@ def record(outcome: Outcome, phase: str, setting: Setting) -> Record:
         | _decode(samples, outcome.cell.batch)
         | _requests(samples)
         | _experts(samples, outcome.cell.batch)
+        | {"paged_bytes": _paged(samples) if contender.engine == OURS and about.get("device") == "cpu" else None}
         | _link(samples, contender, about, setting)
         | _limit(samples, contender, about, outcome.cell.batch, setting)
         | {
@@ -134,6 +135,11 @@ COUNTED = (("hit", "hits"), ("in_flight", "in_flight"), ("miss", "misses"))
 def _moved(counts: dict[str, float]) -> float:
     """Bytes over our link; of who has none, from disk."""
     return counts["moved"] or counts["read"]
+
+
+def _paged(samples: list[Any]) -> float | None:
+    parts = [(s["prefill"], s["decode"]) for s in samples]
+    return _mean([max(0, sum(part["read"] - part["moved"] for part in both)) for both in parts])
 
 
 def _link(samples: list[Any], contender: Contender, about: dict[str, Any], setting: Setting) -> Record:

@@ -311,7 +311,8 @@ def test_figures_by_hand() -> None:
     assert row["bytes_per_token"] == 80_000_000 / 16 and row["e2e_p50_s"] == 2.5
     assert row["stall_s"] == {"demand": pytest.approx(0.2), "slot": pytest.approx(0.1)}
     assert row["link_gbps"] == pytest.approx(0.4) and row["link_rate_gbps"] == pytest.approx(4.0)
-    assert row["link_share"] == pytest.approx(0.1)
+    assert row["link_share"] == pytest.approx(0.1) and row["paged_bytes"] == 0
+    assert made(sample(moved=5, read=9), sample(moved=5, read=5))["paged_bytes"] == 2
 
 
 def test_the_limit_is_of_the_bytes_that_moved_and_were_read() -> None:
