@@ -13,6 +13,7 @@ from duoserve.core import Predictor, Refusal
 from duoserve.engine import DEMO, Engine
 
 NONE, GATE = "none", "gate"
+ASKING = {"duoserve"}  # policies that ask a predictor
 
 
 def load(
@@ -24,7 +25,7 @@ def load(
     trained), "none", or any `duoserve.core.Predictor`; without one, the demo takes the one that comes with it and other
     models guess nothing. Everything else as `duoserve.engine.load`, whose documentation lists the options.
     """
-    if options.get("policy", "duoserve") != "duoserve":
+    if options.get("policy", "duoserve") not in ASKING:
         if predictor not in (None, NONE):
             raise Refusal(
                 "E_OPTION",
