@@ -17,18 +17,18 @@ FLOORS = {
     },
     1: {"store", "cache", "experts", "trunk", "manifest", "shelf"},
     2: {"convert", "transfer", "profile"},
-    3: {"prefill", "decode", "ahead", "estimate"},
-    4: {"moe"},
+    3: {"prefill", "decode", "ahead", "estimate", "fleet"},
+    4: {"moe", "costing"},
     5: {"plan"},
     6: {"model", "needs"},
-    7: {"engine"},
+    7: {"engine", "specimens"},
     8: {"conversation", "outlook", "measure"},
     9: {"repl", "doctor"},
     10: {"opening"},
-    11: {"tracing", "learning"},
+    11: {"tracing", "learning", "simulating"},
     12: {"cli"},
 }
-ROOF = {"opening", "tracing", "learning", "cli"}  # these alone put what learns and what serves together
+ROOF = {"opening", "tracing", "learning", "simulating", "cli"}  # these alone put what learns and what serves together
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 SIDE_BY_SIDE = {
     ("config", "core"),
