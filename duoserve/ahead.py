@@ -21,6 +21,7 @@ from duoserve.benefit import Benefit
 from duoserve.cache import ExpertCache
 from duoserve.core import Key, Phase, Predictor, Step, When
 from duoserve.device import Event
+from duoserve.foresight import Foresight
 from duoserve.transfer import Transfer
 
 TIMED = 16  # rankings that are made at once, to see what one takes
@@ -51,7 +52,7 @@ def _likely(scores_E: torch.Tensor, most: int) -> list[int]:
     return [e for e, score in zip(order.tolist(), scores[order].tolist(), strict=True) if score > LIKELY]
 
 
-class Ahead:
+class Ahead(Foresight):
     """One predictor's guesses for the passes of one model. Its state is guarded by the transfer's lock."""
 
     def __init__(
@@ -81,11 +82,6 @@ class Ahead:
         self.predictor, self.benefit, self.error = predictor, Benefit(always), None
         self._begun, self._rank_s, self._timed = None, None, []
         self.asked = self.in_time = self.too_late = 0
-
-    @property
-    def n_bytes(self) -> int:
-        """Of memory that the predictor holds on the device."""
-        return self.predictor.n_bytes if self.predictor is not None else 0
 
     def begin(self, step: Step) -> None:
         """A pass begins: decode passes of few rows are guessed for, while that pays."""

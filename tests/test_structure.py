@@ -13,12 +13,12 @@ ROOT = Path(__file__).parent.parent
 FLOORS = {
     0: {
         *("version", "core", "config", "device", "native", "int4", "codec", "checkpoint", "folder", "published"),
-        *("hub", "sizing", "durable", "headers", "attention", "routers", "benefit", "system"),
+        *("hub", "sizing", "durable", "headers", "attention", "routers", "benefit", "system", "foresight"),
     },
     1: {"store", "cache", "experts", "trunk", "manifest", "shelf"},
     2: {"convert", "transfer", "profile"},
-    3: {"prefill", "decode", "ahead", "estimate"},
-    4: {"moe"},
+    3: {"prefill", "decode", "ahead", "wholelayer", "estimate"},
+    4: {"moe", "policies"},
     5: {"plan"},
     6: {"model", "needs"},
     7: {"engine"},
@@ -32,6 +32,8 @@ ROOF = {"opening", "tracing", "learning", "cli"}  # these alone put what learns 
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 SIDE_BY_SIDE = {
     ("config", "core"),
+    ("foresight", "core"),
+    ("moe", "policies"),
     ("decode", "ahead"),
     ("device", "core"),
     ("device", "system"),
