@@ -15,10 +15,13 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from typing import Any
 
+import torch
+
 from duoserve.benefit import Benefit
 from duoserve.cache import ExpertCache
 from duoserve.core import Key, Phase, Predictor, Step, When
 from duoserve.device import Event
+from duoserve.foresight import Foresight
 from duoserve.transfer import Transfer
 
 TIMED = 16  # rankings that are made at once, to see what one takes
@@ -41,7 +44,15 @@ class Ranking:
         self.over = False  # the router has spoken
 
 
-class Ahead:
+def _likely(scores_E: torch.Tensor, most: int) -> list[int]:
+    """At most so many experts that are likelier than not, likeliest first. Without torch operations: each of them hands the
+    interpreter to whoever copies."""
+    scores = scores_E.numpy()
+    order = (-scores).argsort(kind="stable")[:most]
+    return [e for e, score in zip(order.tolist(), scores[order].tolist(), strict=True) if score > LIKELY]
+
+
+class Ahead(Foresight):
     """One predictor's guesses for the passes of one model. Its state is guarded by the transfer's lock."""
 
     def __init__(
@@ -71,11 +82,6 @@ class Ahead:
         self.predictor, self.benefit, self.error = predictor, Benefit(always), None
         self._begun, self._rank_s, self._timed = None, None, []
         self.asked = self.in_time = self.too_late = 0
-
-    @property
-    def n_bytes(self) -> int:
-        """Of memory that the predictor holds on the device."""
-        return self.predictor.n_bytes if self.predictor is not None else 0
 
     def begin(self, step: Step) -> None:
         """A pass begins: decode passes of few rows are guessed for, while that pays."""
@@ -163,11 +169,10 @@ class Ahead:
                 return
             began = self._transfer.device.now()
             try:
-                best = predictor.rank(step, layer).topk(n)
+                ranking.experts = _likely(predictor.rank(step, layer), n)
             except Exception as error:  # tokens do not depend on it
                 ranking.error = error
                 return
-            ranking.experts = best.indices[best.values > LIKELY].tolist()
             self._took(self._transfer.device.now() - began)
             with self._transfer.lock:
                 self._guess(ranking)

@@ -51,7 +51,10 @@ Dtype = Annotated[str | None, typer.Option(help="Arithmetic and trunk: bfloat16,
 DeviceName = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
 Ctx = Annotated[str | None, typer.Option(help="Tokens of context to plan for, such as 4096 or 32k.")]
 PolicyName = Annotated[
-    str, typer.Option("--policy", help="duoserve; or lru, on-demand: the same slots without guesses, to compare with.")
+    str,
+    typer.Option(
+        "--policy", help="duoserve; or, on the same slots, to compare with: lru, on-demand, lfp, mif, duoserve-paper."
+    ),
 ]
 PredictorName = Annotated[
     str | None,

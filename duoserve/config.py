@@ -6,12 +6,12 @@ import re
 from dataclasses import dataclass, fields
 from typing import Any
 
-from duoserve.core import Refusal, nearest
+from duoserve.core import Policy, Refusal, nearest
 
 FORMATS = ("int4", "nf4", "bf16")
 DTYPES = ("bfloat16", "float32", "float16")
 MAX_THREADS = 4096
-POLICIES = ("duoserve", "lru", "on-demand")
+POLICIES = tuple(policy.value for policy in Policy)
 DEVICES = ("auto", "cpu", "cuda")
 
 _UNITS = {"": 1, "b": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}

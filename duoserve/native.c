@@ -5,6 +5,7 @@
  * Sums are float32, in the order of k, each by one accumulator: a row of y is the same however many rows there are and
  * however many threads. Knows pointers and shapes only; memory, checks and the choice to come here are native.py's.
  */
+#include <math.h>
 #include <stdint.h>
 
 #if defined(__x86_64__) && defined(__GNUC__) && (__GNUC__ >= 10 || defined(__clang__))
@@ -164,6 +165,29 @@ static void sum_groups(const uint16_t *x, int64_t n, int64_t group, float *sums)
     }
 }
 
+WIDE static float dot(const float *a, const float *b, int64_t n) {
+    __m512 sum = _mm512_setzero_ps(), other = _mm512_setzero_ps();
+    int64_t i = 0;
+    for (; i + 32 <= n; i += 32) {
+        sum = _mm512_fmadd_ps(_mm512_loadu_ps(a + i), _mm512_loadu_ps(b + i), sum);
+        other = _mm512_fmadd_ps(_mm512_loadu_ps(a + i + 16), _mm512_loadu_ps(b + i + 16), other);
+    }
+    float rest = 0;
+    for (; i < n; i++) rest += a[i] * b[i];
+    return _mm512_reduce_add_ps(_mm512_add_ps(sum, other)) + rest;
+}
+
+static float sigmoid(float x) { return 1 / (1 + expf(-x)); }
+
+/* One row of a predictor's head (predictor/model.py): scores = sigmoid(z[:e] + v silu(z[e:])), z = w f + b; w is (e + units, n),
+ * v (e, units), all float32. Called with the interpreter's lock held: it takes less time than handing that over. */
+WIDE void duoserve_head(const float *w, const float *b, const float *v, const float *f, float *z, float *scores, int64_t n,
+                        int64_t e, int64_t units) {
+    for (int64_t i = 0; i < e + units; i++) z[i] = b[i] + dot(w + i * n, f, n);
+    for (int64_t i = e; i < e + units; i++) z[i] *= sigmoid(z[i]);
+    for (int64_t i = 0; i < e; i++) scores[i] = sigmoid(z[i] + dot(v + i * units, z + e, units));
+}
+
 int duoserve_supported(void) {
     return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi") &&
            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
@@ -189,5 +213,8 @@ int duoserve_supported(void) { return 0; }
 void duoserve_int4_linear(const uint16_t *x, const uint8_t *packed, const uint16_t *scale_zero, uint16_t *y, float *room,
                           int64_t m, int64_t n, int64_t k, int64_t group, unsigned threads,
                           void (*parallel)(void (*)(void *), void *, unsigned, unsigned)) {}
+
+void duoserve_head(const float *w, const float *b, const float *v, const float *f, float *z, float *scores, int64_t n,
+                   int64_t e, int64_t units) {}
 
 #endif

@@ -1,5 +1,6 @@
-"""The compiled part (native.c): products with int4 matrices on CPUs with AVX-512 BF16. Knows how to find and call it;
-everything works without it, only slower: it is built where `pip install` finds a C compiler, and left out where not.
+"""The compiled part (native.c): products with int4 matrices, and a row of a predictor's head, on CPUs with AVX-512 BF16.
+Knows how to find and call it; everything works without it, only slower: it is built where `pip install` finds a C compiler,
+and left out where not.
 
 `DUOSERVE_NATIVE=0` leaves it alone. Products differ from torch's in rounding, so tokens may too: one machine, one answer.
 """
@@ -20,6 +21,7 @@ TILE = 64
 
 class _Library(NamedTuple):
     linear: Callable[..., None]
+    head: Callable[..., None]
     parallel: Any  # of the OpenMP runtime that torch uses, or None where that is another kind
 
 
@@ -45,6 +47,12 @@ def linear(
     return y
 
 
+def head() -> Callable[..., None] | None:
+    """`duoserve_head` of native.c, for addresses and sizes; it keeps the interpreter's lock. None where there is none."""
+    library = _library()
+    return library.head if library is not None else None
+
+
 @cache
 def _library() -> _Library | None:
     found = next(Path(__file__).parent.glob("_native*.so"), None)
@@ -57,7 +65,9 @@ def _library() -> _Library | None:
         [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 4 + [ctypes.c_uint, ctypes.c_void_p]
     )
     library.duoserve_int4_linear.restype = None
-    return _Library(library.duoserve_int4_linear, _openmp())
+    head = ctypes.PyDLL(os.fspath(found)).duoserve_head
+    head.argtypes, head.restype = [ctypes.c_void_p] * 6 + [ctypes.c_int64] * 3, None
+    return _Library(library.duoserve_int4_linear, head, _openmp())
 
 
 def _capability_is_lowered() -> bool:

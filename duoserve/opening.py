@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from duoserve import engine as engines
-from duoserve.core import Predictor, Refusal
+from duoserve.core import Policy, Predictor, Refusal
 from duoserve.engine import DEMO, Engine
 
 NONE, GATE = "none", "gate"
+ASKING = {policy.value for policy in (Policy.DUOSERVE, Policy.PAPER, Policy.MIF)}  # a predictor
 
 
 def load(
@@ -24,13 +25,10 @@ def load(
     trained), "none", or any `duoserve.core.Predictor`; without one, the demo takes the one that comes with it and other
     models guess nothing. Everything else as `duoserve.engine.load`, whose documentation lists the options.
     """
-    if options.get("policy", "duoserve") != "duoserve":
+    policy = options.get("policy", Policy.DUOSERVE.value)
+    if policy not in ASKING:
         if predictor not in (None, NONE):
-            raise Refusal(
-                "E_OPTION",
-                f"policy {options['policy']!r} fetches on demand, it guesses 0 experts",
-                "leave --predictor out",
-            )
+            raise Refusal("E_OPTION", f"policy {policy!r} asks 0 predictors", "leave --predictor out")
         predictor = NONE
     found = _found(model, predictor)
     opened = engines.load(model, progress=progress, predictor=found, **options)

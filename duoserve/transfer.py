@@ -43,6 +43,16 @@ class Counts(NamedTuple):
     wrong: int = 0
 
 
+class Manners(NamedTuple):
+    """How guesses behave towards others."""
+
+    waits: bool = False  # for the slot's last reader and former copy; else a slot that has any is not taken
+    stays: bool = False  # it is copied even where the router has spoken against it, or a need wants its slot
+
+
+POLITE = Manners()
+
+
 class Guess(NamedTuple):
     """A slot that is being filled unasked, and what it held before."""
 
@@ -63,8 +73,10 @@ class Transfer:
         cache: ExpertCache,
         host: HostTier | None = None,
         scratch: Scratch | None = None,
+        manners: Manners = POLITE,
     ):
         self.device, self.store, self.cache, self.host, self.scratch = device, store, cache, host, scratch
+        self.manners = manners
         self.slab_bytes = store.slab_bytes
         self.memory = device.arena(len(cache.slots) * self.slab_bytes)
         self._weights: dict[tuple[int, int], dict[str, Weight | torch.Tensor]] = {}
@@ -91,20 +103,26 @@ class Transfer:
         """Start filling a claimed slot with its key's slab; returns it with `ready` set."""
         key, into = slot.key, self.slab(slot)
         assert key is not None, slot
-        if slot.ready is not None:
-            self.guesses -= self.device.copy.cancel(slot.ready)  # a guess gives way to this need, if nobody started it
+        self._take_back(slot)
         former = slot.released if slot.ready is None else (*slot.released, slot.ready)
         cost = self.store.layout(key.layer).slab_bytes
         if self.host is None:
             slot.ready = self.device.copy.submit(lambda: self.store.read_into(key, into), (), former, lane, cost, key)
         else:
             slot.ready = self.host.send(key, into[:cost], former, lane)
-        slot.released = ()
+        slot.released = tuple(event for event in former if not event.done)  # should this copy be taken back
         return slot
 
+    def _take_back(self, slot: Slot) -> bool:
+        """The guess that was to fill the slot gives way, if nobody began it; then the slot holds nothing."""
+        if slot.ready is None or self.manners.stays or not self.device.copy.cancel(slot.ready):
+            return False
+        self.guesses -= 1
+        return True
+
     def guess(self, key: Key) -> Slot | None:
-        """Fetch ahead, but never before a need, never waiting for a reader, never evicting what the same layer needs, nor
-        another guess that is on its way.
+        """Fetch ahead, but never before a need, never evicting what the same layer needs, and, unless its manners are to
+        wait, never waiting for a reader nor evicting another guess that is on its way.
 
         None where that leaves no slot. The slot is left unpinned: a demand may take it back.
         """
@@ -112,11 +130,9 @@ class Transfer:
             if self.waiting:
                 return None
             offer = self.cache.offer(sparing=key.layer)
-            if offer is None or not all(event.done for event in offer.released):
+            if offer is None or not (self.manners.waits or _idle(offer)):
                 return None
-            if offer.ready is not None and not offer.ready.done:
-                return None
-            former = (offer.key, offer.ready, offer.released)
+            former = (None if self._take_back(offer) else offer.key, offer.ready, offer.released)
             slot = self.cache.claim(key, sparing=key.layer)
             assert slot is offer, (slot, offer)
             self.guesses += 1
@@ -139,7 +155,7 @@ class Transfer:
                     done = guess.copy.done
                     self.ready, self.late = self.ready + done, self.late + (not done)
                     began += done or not self.device.copy.queued(guess.copy)
-                elif self.device.copy.cancel(guess.copy):
+                elif not self.manners.stays and self.device.copy.cancel(guess.copy):
                     self.cache.restore(guess.slot, guess.former, guess.ready, guess.released)
                     self.guesses -= 1
                     withdrawn += 1
@@ -297,7 +313,7 @@ class HostTier:
             if self.cache.lookup(key) is not None:
                 return
             offer = self.cache.offer()
-            if offer is None or not all(event.done for event in (*offer.released, offer.ready or DONE)):
+            if offer is None or not _idle(offer):
                 return
             slot = self._read(key, Lane.AHEAD)
             self.reads_ahead += 1
@@ -324,6 +340,11 @@ class HostTier:
 
     def _slab(self, slot: Slot) -> torch.Tensor:
         return self.memory[slot.index * self.slab_bytes : (slot.index + 1) * self.slab_bytes]
+
+
+def _idle(slot: Slot) -> bool:
+    """Whether nobody reads or fills it."""
+    return all(event.done for event in slot.released) and (slot.ready is None or slot.ready.done)
 
 
 def _whole(cache: ExpertCache, key: Key) -> Slot | None:

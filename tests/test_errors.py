@@ -223,7 +223,7 @@ CASES: list[tuple[str, str, int, str, Callable[[Kit], Any]]] = [
     ("E_CTX", "a context of nothing", 2, r"of 0 tokens .*at least 1", lambda k: EngineConfig(ctx=0)),
     ("E_PREDICTOR_MODEL", "a predictor of another model", 2, r"for model 0123, this is [0-9a-f]{32}; train",
      lambda k: k.load().predict(Dice(6, fingerprint="0123"))),
-    ("E_OPTION", "a policy that guesses nothing", 2, r"'lru' fetches on demand, it guesses 0 experts; leave",
+    ("E_OPTION", "a policy that guesses nothing", 2, r"'lru' asks 0 predictors; leave",
      lambda k: duoserve.load(k.toy("mixtral"), policy="lru", predictor="gate")),
     ("E_OPTION", "an unknown policy", 2, r"'lfu'; did you mean 'lru'", lambda k: EngineConfig(policy="lfu")),
     ("E_SIZE", "a link of no size", 2, r"link 'fast' is not a size; write", lambda k: EngineConfig(link="fast")),

@@ -13,12 +13,12 @@ ROOT = Path(__file__).parent.parent
 FLOORS = {
     0: {
         *("version", "core", "config", "device", "native", "int4", "codec", "checkpoint", "folder", "published"),
-        *("hub", "sizing", "durable", "headers", "attention", "routers", "benefit", "system"),
+        *("hub", "sizing", "durable", "headers", "attention", "routers", "benefit", "system", "foresight"),
     },
     1: {"store", "cache", "experts", "trunk", "manifest", "shelf"},
     2: {"convert", "transfer", "profile"},
-    3: {"prefill", "decode", "ahead", "estimate", "fleet"},
-    4: {"moe", "costing"},
+    3: {"prefill", "decode", "ahead", "wholelayer", "estimate", "fleet"},
+    4: {"moe", "policies", "costing"},
     5: {"plan"},
     6: {"model", "needs"},
     7: {"engine", "specimens"},
@@ -32,6 +32,8 @@ ROOF = {"opening", "tracing", "learning", "simulating", "cli"}  # these alone pu
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 SIDE_BY_SIDE = {
     ("config", "core"),
+    ("foresight", "core"),
+    ("moe", "policies"),
     ("decode", "ahead"),
     ("device", "core"),
     ("device", "system"),
@@ -72,6 +74,8 @@ def imports(path: Path) -> Iterator[str]:
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
             yield node.module
+            if node.module == "duoserve":
+                yield from (f"duoserve.{alias.name}" for alias in node.names)
 
 
 @pytest.mark.parametrize("path", files("duoserve"), ids=lambda p: p.stem)
@@ -90,8 +94,8 @@ def test_imports_go_down_only(path: Path) -> None:
 
 def test_what_stands_beside_imports_only_the_words() -> None:
     for path in files("predictor", "traces"):
-        plain = {f"duoserve.{name}" for name in ("core", "routers", "durable", "headers", "version")}
-        assert {m for m in imports(path) if m.startswith("duoserve")} <= plain
+        plain = {f"duoserve.{name}" for name in ("core", "routers", "durable", "headers", "version", "native")}
+        assert {m for m in imports(path) if m.startswith("duoserve.")} <= plain
         if path.parts[-2] == "traces":
             assert not {m for m in imports(path) if m.startswith("predictor")}
     for path in files("dep_extension"):

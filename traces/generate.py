@@ -133,15 +133,17 @@ def replayed(recorded: Recorded) -> Iterator[Step]:
     yield from passes([ids], int((~recorded.decode_S).sum()))
 
 
-def figures(sequences: Sequence[list[np.ndarray]], shape: Shape) -> dict[str, float]:
+def figures(sequences: Sequence[list[np.ndarray]], shape: Shape, pools: bool = True) -> dict[str, float]:
     """What `stats` measures of these sequences, one number each; medians over layers. `touched`: distinct experts of a layer
-    in the first PROMPT tokens."""
+    in the first PROMPT tokens. `affinity`: how much likelier the likeliest follower in the next layer is than that layer's
+    most popular expert. `pools`: LRU's hits, too."""
     stats = Stats(list(shape.experts))
     pool = LruDepths(stats)
     touched = []
     for ids in sequences:
         stats.add(ids)
-        pool.add(ids)
+        if pools:
+            pool.add(ids)
         touched.append(np.mean([len(np.unique(chosen[:PROMPT])) for chosen in ids]))
     once, eight = stats.repeated_A
     found = {
@@ -150,9 +152,13 @@ def figures(sequences: Sequence[list[np.ndarray]], shape: Shape) -> dict[str, fl
         "repeated_1": float(once),
         "repeated_8": float(eight),
         "touched": float(np.mean(touched)),
-        "follower": float(np.mean(stats.follower_L)) if len(shape.experts) > 1 else 0.0,
+        "affinity": _affinity(stats),
     }
-    return found | {f"lru_{r}": stats.lru(r / 100) for r in (19, 25, 38, 50, 64)}
+    return found | ({f"lru_{r}": stats.lru(r / 100) for r in (19, 25, 38, 50, 64)} if pools else {})
+
+
+def _affinity(stats: Stats) -> float:
+    return float(np.mean(stats.follower_L) - np.mean(stats.popular_L[1:])) if len(stats.experts) > 1 else 0.0
 
 
 def fit(
@@ -173,7 +179,7 @@ def fit(
     def error(strengths: np.ndarray) -> float:
         law = Law(*(float(s) for s in np.abs(strengths)))
         made = [generate(law, small, tokens, seed, popular) for seed in range(_SEQUENCES)]
-        found = figures(made, small)
+        found = figures(made, small, any(name.startswith("lru") for name in goals))
         return sum(((found[name] - goal.value) / goal.within) ** 2 for name, goal in goals.items())
 
     first = np.array(astuple(begin))
@@ -184,7 +190,7 @@ def fit(
 
 
 def _some_layers(shape: Shape) -> list[int]:
-    """A few layers next to each other: neighbours are what `follower` looks at."""
+    """A few layers next to each other: neighbours are what `affinity` looks at."""
     return list(range(min(_LAYERS, len(shape.experts))))
 
 
@@ -199,7 +205,7 @@ class Fitted(NamedTuple):
 
 
 _NEAR: dict[str, float] = {  # relative, of what a fit to a trace looks at
-    "needed": 0.05, "top": 0.1, "repeated_1": 0.03, "repeated_8": 0.03, "touched": 0.05, "follower": 0.1, "lru_25": 0.05,
+    "needed": 0.05, "top": 0.1, "repeated_1": 0.03, "repeated_8": 0.03, "touched": 0.05, "affinity": 0.1, "lru_25": 0.05,
     "lru_50": 0.05,
 }  # fmt: skip
 
