@@ -5,8 +5,8 @@ nothing of clocks, schedules or what is resident. The pieces are those that the 
     expert    one expert's product with so many rows
     combine   what is done once per MoE layer beside its experts
 
-On a GPU the model's thread submits and the stream computes, so a piece takes the larger of the two; where the host is the
-machine, they add.
+On a GPU the model's thread submits and the stream computes, so a stretch of trunk takes the larger of the two; where the
+host is the machine, they add.
 """
 
 from __future__ import annotations
@@ -43,18 +43,18 @@ class MachineCosts:
         weights = self.needs.layers[layer].weights
         at = (1, weights, rows)
         if at not in self._known:
-            self._known[at] = weights * self.profile.weight_s(self.needs.expert_format, rows)
+            host_s = self.profile.cold.expert_s if self.profile.device == "cpu" else 0.0
+            self._known[at] = weights * self.profile.weight_s(self.needs.expert_format, rows) + host_s
         return self._known[at]
 
-    @property
-    def layer_s(self) -> float:
-        """Of the model's thread for a MoE layer: the route's way to the host, groups, sums."""
+    def combine_s(self, layer: int, rows: int) -> float:
+        """What a MoE layer takes beside its experts: the route's way to the host, groups, sums."""
         return self.profile.cold.layer_s
 
     @property
     def launch_s(self) -> float:
-        """Of the model's thread for one expert that it submits."""
-        return self.profile.cold.expert_s
+        """Of the model's thread for what it hands to a GPU; where there is none, an expert's product has it already."""
+        return 0.0 if self.profile.device == "cpu" else self.profile.cold.expert_s
 
     def _head_s(self) -> float:
         head = (part for part in self.needs.trunk if part.last_row_only)
