@@ -298,9 +298,9 @@ class HostTier:
                     self.disk.promote(slot.ready)
             else:
                 slot = self._read(key, lane)
-            source = self._slab(slot)[: into.numel()]
+            source, cost = self._slab(slot)[: into.numel()], self.store.layout(key.layer).slab_bytes
             sent = self.device.copy.submit(
-                lambda: into.copy_(source, non_blocking=True), (slot.ready,), behind, lane, into.numel(), key
+                lambda: into.copy_(source, non_blocking=True), (slot.ready,), behind, lane, cost, key
             )
             slot.released = (*(e for e in slot.released if not e.done), sent)
             self.cache.turn(key.layer, 1, {key.expert: 1})
