@@ -49,6 +49,19 @@ class Scene:
         return sum(layer.experts for layer in self.needs.layers)
 
     @property
+    def predictor_bytes(self) -> int:
+        """On the device: as published, or a tenth of it for what the program ships."""
+        if self.recall is None or self.policy not in _GUESSING:
+            return 0
+        return PREDICTOR_BYTES if self.policy is Policy.PAPER else PREDICTOR_BYTES // 10
+
+    @property
+    def memory_bytes(self) -> int:
+        """Of trunk, slots and predictor."""
+        slab = max(layer.slab_bytes for layer in self.needs.layers)
+        return self.needs.trunk_bytes + self.slots * slab + self.predictor_bytes
+
+    @property
     def rate(self) -> float:
         """Bytes/s of the way to the slots."""
         if self.profile.link is not None:
@@ -119,8 +132,8 @@ def _predictor(scene: Scene, passes: Sequence[Pass], experts: Sequence[int]) -> 
         return None
     from predictor.stated import StatedPredictor
 
-    n_bytes = PREDICTOR_BYTES if scene.policy is Policy.PAPER else PREDICTOR_BYTES // 10
-    return StatedPredictor((one.step for one in passes if one.step is not None), experts, scene.recall, n_bytes=n_bytes)
+    steps = (one.step for one in passes if one.step is not None)
+    return StatedPredictor(steps, experts, scene.recall, n_bytes=scene.predictor_bytes)
 
 
 def _figures(scene: Scene, passes: Sequence[Pass], prompt: Outcome | None, all_: Outcome) -> Figures:
@@ -132,9 +145,6 @@ def _figures(scene: Scene, passes: Sequence[Pass], prompt: Outcome | None, all_:
     steps = len(passes) - (prompt is not None)
     tokens = steps * scene.batch
     limit, by = limit_s(scene.needs, replace_link(scene.profile, scene.rate), moved, steps, scene.context)
-    guessing = scene.recall is not None and scene.policy in _GUESSING
-    predictor = (PREDICTOR_BYTES if scene.policy is Policy.PAPER else PREDICTOR_BYTES // 10) if guessing else 0
-    slab = max(layer.slab_bytes for layer in scene.needs.layers)
     return Figures(
         prompt_s=prompt.total_s if prompt else None,
         tokens_per_s=tokens / decode_s if tokens else None,
@@ -152,7 +162,7 @@ def _figures(scene: Scene, passes: Sequence[Pass], prompt: Outcome | None, all_:
         share_of_limit=limit / decode_s if tokens else None,
         slots=scene.slots,
         residency=scene.slots / scene.experts,
-        memory_bytes=scene.needs.trunk_bytes + scene.slots * slab + predictor,
+        memory_bytes=scene.memory_bytes,
     )
 
 

@@ -7,8 +7,11 @@ class with the same tensor shapes, named in `note`.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,10 +19,11 @@ import torch
 from duoserve.checkpoint import build_meta, find_experts, quiet
 from duoserve.convert import layouts_of
 from duoserve.core import Refusal, nearest
-from duoserve.estimate import Needs
+from duoserve.estimate import LayerNeeds, Needs, Product
 from duoserve.needs import count_needs
 
 PAGE = 4096  # slabs are multiples of it
+COUNTED = Path(__file__).parent / "specimens.json"
 
 
 @dataclass(frozen=True)
@@ -116,16 +120,36 @@ def parameters(model: Specimen) -> int:
 
 @lru_cache
 def needs_of(name: str, experts: str | None = None, trunk: str | None = None) -> Needs:
-    """What a token needs in these formats. "fp8" is one byte a weight: its scales, 1/128 of that, are left out."""
-    quiet()
+    """What a token needs in these formats; in the model's own ones as `scripts/specimens.py` counted it beforehand."""
     model = specimen(name)
-    format = experts or model.experts
-    counted = "bf16" if format == "fp8" else format
+    asked = (experts or model.experts, trunk or model.trunk)
+    known = json.loads(COUNTED.read_bytes()).get(name) if COUNTED.exists() else None
+    if known is not None and asked == (model.experts, model.trunk):
+        return _from_json(known)
+    return count(model, *asked)
+
+
+def count(model: Specimen, experts: str, trunk: str) -> Needs:
+    """On the meta device: seconds. "fp8" is one byte a weight: its scales, 1/128 of that, are left out."""
+    quiet()
+    format = "bf16" if experts == "fp8" else experts
     config = model.config
     specs = find_experts(build_meta(config, torch.bfloat16))
-    layouts = layouts_of(specs, counted, "bfloat16", "bfloat16")
-    needs = count_needs(config, torch.bfloat16, layouts, [s.n_experts for s in specs], counted, trunk or model.trunk)
-    if format != "fp8":
+    layouts = layouts_of(specs, format, "bfloat16", "bfloat16")
+    needs = count_needs(config, torch.bfloat16, layouts, [s.n_experts for s in specs], format, trunk)
+    if experts != "fp8":
         return needs
     layers = tuple(layer._replace(slab_bytes=-(-layer.weights // PAGE) * PAGE) for layer in needs.layers)
     return replace(needs, layers=layers, expert_format="fp8")
+
+
+def to_json(needs: Needs) -> dict[str, Any]:
+    """Layers that are alike only once."""
+    said = {name: value for name, value in needs.to_json().items() if name != "active_bytes"}
+    runs = [[list(layer), len(list(alike))] for layer, alike in groupby(needs.layers)]
+    return said | {"layers": runs, "trunk": [list(product) for product in needs.trunk]}
+
+
+def _from_json(said: dict[str, Any]) -> Needs:
+    layers = tuple(LayerNeeds(*layer) for layer, times in said["layers"] for _ in range(times))
+    return Needs(**(said | {"layers": layers, "trunk": tuple(Product(*part) for part in said["trunk"])}))

@@ -12,7 +12,7 @@ import pytest
 from duoserve.core import Phase, Refusal
 from duoserve.costing import MachineCosts, limit_s
 from duoserve.fleet import FOLDER, machine, machines
-from duoserve.specimens import SPECIMENS, needs_of, parameters, specimen
+from duoserve.specimens import SPECIMENS, count, needs_of, parameters, specimen
 
 ALL = ("a5000", "a6000", "h200", "rtx4090", "rtx5090")
 
@@ -76,6 +76,18 @@ def test_a_specimen_counts_to_what_its_publisher_says(name: str) -> None:
     model = specimen(name)
     assert parameters(model) == pytest.approx(model.published, rel=0.02)
     assert model.source.endswith("config.json")
+
+
+def test_what_was_counted_beforehand_is_what_is_counted_now() -> None:
+    model = specimen("deepseekmoe-16b")
+    assert count(model, model.experts, model.trunk) == needs_of("deepseekmoe-16b")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SPECIMENS)
+def test_all_that_was_counted_beforehand_is_what_is_counted_now(name: str) -> None:
+    model = specimen(name)
+    assert count(model, model.experts, model.trunk) == needs_of(name)
 
 
 def test_an_unknown_specimen_names_the_nearest() -> None:
