@@ -12,6 +12,7 @@ FORMATS = ("int4", "nf4", "bf16")
 DTYPES = ("bfloat16", "float32", "float16")
 MAX_THREADS = 4096
 POLICIES = tuple(policy.value for policy in Policy)
+TOP_K = "top-k"
 DEVICES = ("auto", "cpu", "cuda")
 
 _UNITS = {"": 1, "b": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
@@ -35,6 +36,15 @@ def size(n_bytes: float) -> str:
             return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.1f} {unit}"
         n_bytes /= 1024
     return f"{n_bytes:.2f} GiB"
+
+
+def parse_slots(text: str | int) -> int | None:
+    """Slots in `16`; None for `top-k`, as many as a token chooses experts in one layer."""
+    if text == TOP_K:
+        return None
+    if not re.fullmatch(r"[1-9]\d{0,8}", str(text)):
+        raise Refusal("E_OPTION", f"slots {text!r} is not a number of slots", f"write it like 16, or {TOP_K}")
+    return int(text)
 
 
 def parse_share(text: str) -> float:
@@ -69,6 +79,7 @@ class EngineConfig:
     threads: int | None = None
     policy: str = "duoserve"
     link: str | int | None = None
+    slots: str | int | None = None
 
     def __post_init__(self) -> None:
         _one_of("format", self.format, FORMATS)
@@ -78,6 +89,8 @@ class EngineConfig:
         _one_of("policy", self.policy, POLICIES)
         if self.link is not None:
             parse_size(self.link, "link")
+        if self.slots is not None:
+            parse_slots(self.slots)
         if isinstance(self.budget, str) and self.budget.strip().endswith("%"):
             parse_share(self.budget)
         elif self.budget not in (None, "min", "half"):

@@ -13,11 +13,11 @@ ROOT = Path(__file__).parent.parent
 FLOORS = {
     0: {
         *("version", "core", "config", "device", "native", "int4", "codec", "checkpoint", "folder", "published"),
-        *("hub", "sizing", "durable", "headers", "attention", "routers", "benefit", "system", "foresight"),
+        *("hub", "sizing", "durable", "headers", "attention", "routers", "benefit", "system", "foresight", "future"),
     },
     1: {"store", "cache", "experts", "trunk", "manifest", "shelf"},
     2: {"convert", "transfer", "profile"},
-    3: {"prefill", "decode", "ahead", "wholelayer", "estimate"},
+    3: {"prefill", "decode", "ahead", "wholelayer", "paper", "activation", "sighted", "estimate"},
     4: {"moe", "policies"},
     5: {"plan"},
     6: {"model", "needs"},
@@ -33,6 +33,9 @@ FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 SIDE_BY_SIDE = {
     ("config", "core"),
     ("foresight", "core"),
+    ("foresight", "future"),
+    ("future", "core"),
+    ("paper", "ahead"),
     ("moe", "policies"),
     ("decode", "ahead"),
     ("device", "core"),
