@@ -11,6 +11,7 @@ from duoserve.core import Policy, Refusal, nearest
 FORMATS = ("int4", "nf4", "bf16")
 DTYPES = ("bfloat16", "float32", "float16")
 MAX_THREADS = 4096
+MAX_SEQUENCES = 256
 POLICIES = tuple(policy.value for policy in Policy)
 TOP_K = "top-k"
 DEVICES = ("auto", "cpu", "cuda")
@@ -80,6 +81,7 @@ class EngineConfig:
     policy: str = "duoserve"
     link: str | int | None = None
     slots: str | int | None = None
+    sequences: int = 1
 
     def __post_init__(self) -> None:
         _one_of("format", self.format, FORMATS)
@@ -97,6 +99,10 @@ class EngineConfig:
             parse_size(self.budget, "budget")
         if self.threads is not None and not 1 <= self.threads <= MAX_THREADS:
             raise Refusal("E_OPTION", f"threads {self.threads} is not between 1 and {MAX_THREADS}", "leave it out")
+        if not 1 <= self.sequences <= MAX_SEQUENCES:
+            raise Refusal(
+                "E_OPTION", f"sequences {self.sequences} is not between 1 and {MAX_SEQUENCES}", "leave it out"
+            )
         if self.ctx is not None and self.ctx < 1:
             raise Refusal("E_CTX", f"a context of {self.ctx} tokens holds nothing", "ask for at least 1")
 

@@ -79,10 +79,10 @@ def load(
     arithmetic (default: bfloat16); with "float32" and no `format`, experts stay unquantised, so that logits equal the
     stock float32 model's. `device` auto, cpu, cuda. `threads` of torch's arithmetic, in all of this process (default:
     $OMP_NUM_THREADS, else the real cores that may be used). `predictor` guesses ahead while that pays, its memory counted
-    in the budget. `policy` duoserve, or, to compare with, one of `duoserve.core.Policy`. `slots` at most, a number or
-    "top-k" (as many as a token chooses in one layer, as in the paper). `link` slows copies to so many bytes per second,
-    for experiments (CPU). `progress` is told of a download or conversion: bytes done,
-    in all, what.
+    in the budget. `sequences`: how many of `ctx` tokens keys and values are planned for (1). `policy` duoserve, or, to
+    compare with, one of `duoserve.core.Policy`. `slots` at most, a number or "top-k" (as many as a token chooses in one
+    layer, as in the paper). `link` slows copies to so many bytes per second, for experiments (CPU). `progress` is told of
+    a download or conversion: bytes done, in all, what.
     Unknown options, and budgets below the smallest, raise `Refusal` (a ValueError) of one line.
     """
     quiet()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -28,6 +28,32 @@ class Cancelled(Exception):
     """Somebody asked to stop while a prompt was being read; the pool is whole, the pass is not."""
 
 
+class Company(Protocol):
+    """Generations that share the model and meet at every MoE layer (`together.py`); it stands in for the runtime while one
+    of them is `inside`."""
+
+    @property
+    def inside(self) -> bool: ...
+
+    def begin(self, step: Step) -> None: ...
+
+    def enter(self, layer: int, x_TD: torch.Tensor) -> None: ...
+
+    def meet(self, arrival: Arrival) -> torch.Tensor: ...
+
+    def finish(self) -> int: ...
+
+
+class Arrival(NamedTuple):
+    """Rows that have come to a MoE layer."""
+
+    layer: int
+    expert: Callable[..., torch.Tensor]
+    x_TD: torch.Tensor
+    ids_TK: torch.Tensor
+    weights_TK: torch.Tensor
+
+
 class Work(NamedTuple):
     """What the compute stream is to do, and the seconds it takes where they are known beforehand (a simulated machine)."""
 
@@ -45,6 +71,7 @@ class Runtime:
             policy, cache, transfer, self._per_layer, self._think
         )
         self.observers: list[Observer] = []
+        self.company: Company | None = None
         self.steps = 0
         self._step: Step | None = None
         self._learns = self._hidden = self._inputs = False  # what the running pass is asked for
@@ -91,6 +118,9 @@ class Runtime:
 
     def begin(self, step: Step) -> None:
         """A pass starts; its routes are noted only where somebody wants them."""
+        if self.company is not None and self.company.inside:
+            self.company.begin(step)
+            return
         self._began = self.device.now()
         step.previous, self._former = _followed(self._former, step), None
         self._step = step
@@ -100,6 +130,9 @@ class Runtime:
 
     def enter(self, layer: int, x_TD: torch.Tensor) -> None:
         """A MoE layer's attention is about to read `x_TD`."""
+        if self.company is not None and self.company.inside:
+            self.company.enter(layer, x_TD)
+            return
         if self._step is not None and self._inputs:
             self._step.inputs[layer] = x_TD
             self.ahead.entered(self._step, layer)
@@ -107,6 +140,8 @@ class Runtime:
 
     def finish(self) -> int:
         """Hand the finished Step to whoever observes; returns its rows."""
+        if self.company is not None and self.company.inside:
+            return self.company.finish()
         step, self._step = self._step, None
         if step is None:
             return 0
@@ -133,6 +168,8 @@ class Runtime:
         weights_TK: torch.Tensor,
     ) -> torch.Tensor:
         """y_TD of one layer's routed experts; safe to call from several threads, one layer at a time."""
+        if self.company is not None and self.company.inside:
+            return self.company.meet(Arrival(layer, expert, x_TD, ids_TK, weights_TK))
         with self._lock:
             if self._closed:
                 raise RuntimeError("the engine is closed")

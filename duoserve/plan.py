@@ -138,7 +138,8 @@ def make_plan(
     """Divide the budget. Raises Refusal with the smallest budget where it does not suffice.
 
     `trunk` is the format of its linears.
-    Without `ctx`, keys and values get min(4096, the model's limit) tokens, and what is left once every expert is resident.
+    Without `ctx`, keys and values get min(4096, the model's limit) tokens, and what is left once every expert is resident;
+    `sequences` times that, for as many that are answered at once.
     """
     sizes = Sizes(config, dtype, trunk)
     floor = options.ctx or min(FLOOR_CTX, sizes.limit or FLOOR_CTX)
@@ -147,25 +148,25 @@ def make_plan(
             f"a context of {floor} tokens is more than the {sizes.limit} the model was made for", stacklevel=2
         )
     resident = sizes.trunk_bytes + predictor_bytes + sizes.scratch_bytes
-    fixed = resident + sizes.kv_bytes(floor)
+    fixed = resident + options.sequences * sizes.kv_bytes(floor)
     smallest = fixed + min(MIN_SLOTS, store.n_experts) * store.slab_bytes
     asked = options.budget if options.budget is not None else default
     budget = _budget_bytes(asked, store, smallest, fixed, free_bytes)
     if budget < smallest:
-        raise _too_small(budget, smallest, sizes, predictor_bytes, floor, store)
+        raise _too_small(budget, smallest, sizes, predictor_bytes, floor, options.sequences, store)
     slots = min(store.n_experts, (budget - fixed) // store.slab_bytes)
     if options.slots is not None:
         slots = min(slots, max(MIN_SLOTS, parse_slots(options.slots) or _top_k(sizes)))
     ctx = floor
     if options.ctx is None and slots == store.n_experts:
-        ctx = _longest(sizes, floor, budget - resident - slots * store.slab_bytes)
+        ctx = _longest(sizes, floor, (budget - resident - slots * store.slab_bytes) // options.sequences)
     token = sizes.kv_bytes(2) - sizes.kv_bytes(1)
     return Plan(
         budget_bytes=budget,
         trunk_bytes=sizes.trunk_bytes,
         predictor_bytes=predictor_bytes,
         scratch_bytes=sizes.scratch_bytes,
-        kv_bytes=sizes.kv_bytes(ctx),
+        kv_bytes=options.sequences * sizes.kv_bytes(ctx),
         slot_bytes=store.slab_bytes,
         slots=slots,
         experts=store.n_experts,
@@ -213,11 +214,14 @@ def trunk_format(config: EngineConfig, format: str, dtype: torch.dtype, device: 
     return config.trunk or ("bf16" if exact or device != "cpu" else "int4")
 
 
-def _too_small(budget: int, smallest: int, sizes: Sizes, predictor_bytes: int, ctx: int, store: StoreSize) -> Refusal:
+def _too_small(
+    budget: int, smallest: int, sizes: Sizes, predictor_bytes: int, ctx: int, sequences: int, store: StoreSize
+) -> Refusal:
     predictor = f"predictor {size(predictor_bytes)}, " if predictor_bytes else ""
+    many = f"{sequences} x " if sequences > 1 else ""
     parts = (
-        f"trunk {size(sizes.trunk_bytes)}, {predictor}scratch {size(sizes.scratch_bytes)}, keys and values of {ctx} tokens "
-        f"{size(sizes.kv_bytes(ctx))} and {MIN_SLOTS} slots of {size(store.slab_bytes)}"
+        f"trunk {size(sizes.trunk_bytes)}, {predictor}scratch {size(sizes.scratch_bytes)}, keys and values of {many}{ctx} "
+        f"tokens {size(sequences * sizes.kv_bytes(ctx))} and {MIN_SLOTS} slots of {size(store.slab_bytes)}"
     )
     return Refusal(
         "E_BUDGET",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -213,3 +214,13 @@ def test_float16_checkpoints_stay_float16(toy: Any, load: Any) -> None:
     with torch.no_grad():
         got, want = engine.model(toys.ids()).logits, toys.stock(folder, torch.float16)(toys.ids()).logits
     assert got.dtype == torch.float16 and ((got - want).norm() / want.norm()).item() < 0.02
+
+
+def test_keys_and_values_are_planned_for_as_many_sequences_as_are_asked(tmp_path: Path) -> None:
+    import duoserve
+
+    folder, where = toys.make(tmp_path / "model", "mixtral"), {"cache_dir": str(tmp_path / "cache"), "budget": "half"}
+    with duoserve.load(folder, ctx=64, **where) as one, duoserve.load(folder, ctx=64, sequences=3, **where) as three:
+        assert three.plan.kv_bytes == 3 * one.plan.kv_bytes
+        assert three.plan.slots == one.plan.slots
+        assert three.plan.holds(3, 64) and not one.plan.holds(3, 64)
