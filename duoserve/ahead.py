@@ -12,7 +12,7 @@ costs nothing, since its slot still holds what it held.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -55,6 +55,8 @@ def _likely(scores_E: torch.Tensor, most: int) -> list[int]:
 class Ahead(Foresight):
     """One predictor's guesses for the passes of one model. Its state is guarded by the transfer's lock."""
 
+    likely = LIKELY
+
     def __init__(
         self,
         cache: ExpertCache,
@@ -96,14 +98,14 @@ class Ahead(Foresight):
         if self._guessing and self._when(layer) is When.INPUT:
             self._ask(step, layer)
 
-    def spoken(self, step: Step | None, layer: int, needed: Collection[int]) -> None:
+    def spoken(self, step: Step | None, layer: int, tokens: Mapping[int, int]) -> None:
         """A layer's router has spoken, its route is noted: withdraw what else was guessed about it."""
         with self._transfer.lock:
-            began, withdrawn = self._transfer.settle(layer, needed)
+            began, withdrawn = self._transfer.settle(layer, tokens)
             if not self._guessing or step is None:
                 return
             self._learn(layer, began, withdrawn)
-        self._choices = max(1, len(needed))
+        self._choices = max(1, len(tokens))
         self._spoken = (step, layer)
 
     def ask(self) -> None:

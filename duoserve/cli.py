@@ -65,6 +65,7 @@ PredictorName = Annotated[
 Link = Annotated[
     str | None, typer.Option(help="Slow copies to so many bytes per second, such as 500MB: for experiments, CPU only.")
 ]
+Slots = Annotated[str | None, typer.Option(help="At most so many slots, or top-k: what one layer's token chooses.")]
 Threads = Annotated[int | None, typer.Option(help="Threads of arithmetic. Default: the real cores that may be used.")]
 CacheDir = Annotated[str | None, typer.Option(help="Where converted stores are kept.")]
 
@@ -102,10 +103,11 @@ def chat(
     policy: PolicyName = "duoserve",
     predictor: PredictorName = None,
     link: Link = None,
+    slots: Slots = None,
 ) -> None:
     """Chat with a model in the terminal, or answer one --prompt."""
     where = {"budget": budget, "format": format, "trunk": trunk, "dtype": dtype, "device": device, "ctx": ctx}
-    more = {"cache_dir": cache_dir, "threads": threads, "policy": policy, "link": link}
+    more = {"cache_dir": cache_dir, "threads": threads, "policy": policy, "link": link, "slots": slots}
     with _engine(model, where | more, predictor) as engine:
         from duoserve import repl
 

@@ -6,10 +6,11 @@ knows no slots and decides nothing.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Mapping
 from typing import Any
 
-from duoserve.core import Predictor, Step
+from duoserve.core import Predictor, Refusal, Step
+from duoserve.future import Future
 
 
 class Foresight:
@@ -24,7 +25,15 @@ class Foresight:
 
     def use(self, predictor: Predictor | None, always: bool) -> None:
         """From the next pass on; unless `always`, only while it is measured to pay."""
-        assert predictor is None, f"{type(self).__name__} asks no predictor"
+        if predictor is not None:
+            what = f"this policy asks 0 predictors, {predictor.name!r} is given"
+            raise Refusal("E_OPTION", what, "take policy duoserve, duoserve-paper or mif")
+
+    def foresee(self, future: Future) -> None:
+        """The passes from the next one on will choose so."""
+        raise Refusal(
+            "E_OPTION", f"a future of {future.turns} turns is given, this policy looks at 0", "take policy belady"
+        )
 
     def begin(self, step: Step) -> None:
         """A pass begins."""
@@ -32,8 +41,11 @@ class Foresight:
     def entered(self, step: Step, layer: int) -> None:
         """What enters a layer's attention is known."""
 
-    def spoken(self, step: Step | None, layer: int, needed: Collection[int]) -> None:
-        """A layer's router has spoken, its route is noted."""
+    def spoken(self, step: Step | None, layer: int, tokens: Mapping[int, int]) -> None:
+        """A layer's router has spoken, its route is noted; `tokens`: expert -> rows."""
+
+    def ask(self) -> None:
+        """The needs of the layer whose router has spoken are on their way."""
 
     def push(self) -> None:
         """Something may have changed: go on with what found no slot before; quick where there is nothing."""

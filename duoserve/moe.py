@@ -18,6 +18,7 @@ from duoserve.cache import ExpertCache, Slot
 from duoserve.core import Observer, Phase, Policy, Predictor, Route, Step
 from duoserve.device import DONE, Device, Event
 from duoserve.experts import Groups, Weights, combine, expert_function, group
+from duoserve.future import Future
 from duoserve.int4 import Scratch
 from duoserve.store import Store
 from duoserve.transfer import HostTier, Transfer
@@ -109,6 +110,11 @@ class Runtime:
         """Guess with this predictor from the next pass on; unless `always`, only while it is measured to pay."""
         with self._lock:
             self.ahead.use(predictor, always)
+
+    def foresee(self, future: Future) -> None:
+        """The passes from the next one on will choose so: for `Policy.BELADY`, which knows it."""
+        with self._lock:
+            self.ahead.foresee(future)
 
     def begin(self, step: Step) -> None:
         """A pass starts; its routes are noted only where somebody wants them."""

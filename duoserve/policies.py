@@ -7,13 +7,16 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from typing import NamedTuple, Protocol
 
+from duoserve.activation import Activation
 from duoserve.ahead import Ahead
 from duoserve.cache import ExpertCache, Keep, Slot
 from duoserve.core import Policy
 from duoserve.decode import Decode
 from duoserve.device import Event
 from duoserve.foresight import Foresight
+from duoserve.paper import Buffers, TopK
 from duoserve.prefill import Prefill
+from duoserve.sighted import Sighted
 from duoserve.transfer import POLITE, Manners, Transfer
 from duoserve.wholelayer import WholeLayer
 
@@ -34,14 +37,23 @@ class Schedules(NamedTuple):
     ahead: Foresight
 
 
+KEEP = {Policy.DUOSERVE: Keep.WORTH, Policy.MIF: Keep.TOLD, Policy.BELADY: Keep.TOLD}
+MANNERS = {
+    Policy.LFP: Manners(waits=True, stays=True),
+    Policy.PAPER: Manners(waits=True, stays=True),
+    Policy.MIF: Manners(waits=True, trades=True),
+    Policy.BELADY: Manners(waits=True),
+}
+
+
 def keep(policy: Policy) -> Keep:
     """What decides which expert goes first."""
-    return Keep.WORTH if policy is Policy.DUOSERVE else Keep.RECENT
+    return KEEP.get(policy, Keep.RECENT)
 
 
 def manners(policy: Policy) -> Manners:
     """How its guesses behave."""
-    return Manners(waits=True, stays=True) if policy is Policy.LFP else POLITE
+    return MANNERS.get(policy, POLITE)
 
 
 def schedules(
@@ -51,5 +63,14 @@ def schedules(
     if policy is Policy.LFP:
         whole = WholeLayer(cache, transfer, experts_per_layer)
         return Schedules(whole, whole, whole)
+    if policy is Policy.PAPER:
+        topk = TopK(cache, transfer, experts_per_layer, think)
+        return Schedules(Buffers(transfer, topk), Decode(transfer, policy, topk), topk)
+    if policy is Policy.MIF:
+        alike = Decode(transfer, policy, seen := Activation(cache, transfer, experts_per_layer, think))
+        return Schedules(alike, alike, seen)
+    if policy is Policy.BELADY:
+        alike = Decode(transfer, policy, future := Sighted(cache, transfer, experts_per_layer))
+        return Schedules(alike, alike, future)
     ahead = Ahead(cache, transfer, experts_per_layer, think)
     return Schedules(Prefill(cache, transfer, experts_per_layer, policy), Decode(transfer, policy, ahead), ahead)

@@ -48,6 +48,7 @@ class Manners(NamedTuple):
 
     waits: bool = False  # for the slot's last reader and former copy; else a slot that has any is not taken
     stays: bool = False  # it is copied even where the router has spoken against it, or a need wants its slot
+    trades: bool = False  # takes only what is worth less, of whatever layer; else anything but of its own layer
 
 
 POLITE = Manners()
@@ -120,26 +121,37 @@ class Transfer:
         self.guesses -= 1
         return True
 
-    def guess(self, key: Key) -> Slot | None:
-        """Fetch ahead, but never before a need, never evicting what the same layer needs, and, unless its manners are to
-        wait, never waiting for a reader nor evicting another guess that is on its way.
+    def guess(self, key: Key, over: Slot | None = None) -> Slot | None:
+        """Fetch ahead, but never before a need, never evicting what the same layer needs or, where guesses trade, what is
+        worth more, and, unless they wait, never waiting for a reader nor evicting another guess that is on its way.
 
-        None where that leaves no slot. The slot is left unpinned: a demand may take it back.
+        None where that leaves no slot. The slot is left unpinned: a demand may take it back. `over`: take this one.
         """
+        sparing = None if self.manners.trades else key.layer
         with self.lock:
             if self.waiting:
                 return None
-            offer = self.cache.offer(sparing=key.layer)
+            offer = over or self.cache.offer(sparing)
             if offer is None or not (self.manners.waits or _idle(offer)):
                 return None
+            if over is None and self.manners.trades and not self.cache.outranks(key, offer):
+                return None
             former = (None if self._take_back(offer) else offer.key, offer.ready, offer.released)
-            slot = self.cache.claim(key, sparing=key.layer)
-            assert slot is offer, (slot, offer)
+            self.cache.take(offer, key)
             self.guesses += 1
-            self.fetch(slot, Lane.AHEAD)
-            self.cache.unpin(slot)
-            self._guessed[key] = Guess(slot, slot.ready, *former)
-            return slot
+            self.fetch(offer, Lane.AHEAD)
+            self.cache.unpin(offer)
+            self._guessed[key] = Guess(offer, offer.ready, *former)
+            return offer
+
+    def met(self, layer: int, needed: Collection[int]) -> None:
+        """A layer's router has spoken: what was guessed and is needed has come true; the rest may be meant for later."""
+        with self.lock:
+            for expert in needed:
+                guess = self._guessed.pop(key := Key(layer, expert), None)
+                if guess is not None and guess.slot.key == key and guess.slot.ready is guess.copy:
+                    done = guess.copy.done
+                    self.ready, self.late = self.ready + done, self.late + (not done)
 
     def settle(self, layer: int | None, needed: Collection[int]) -> tuple[int, int]:
         """A layer's router has spoken (None: the pass is over): withdraw guesses about it that are not needed and that
@@ -171,11 +183,11 @@ class Transfer:
                 if key not in self.cache:
                     self.host.read_ahead(key)
 
-    def through(self, keys: list[Key]) -> Iterator[Slot]:
+    def through(self, keys: list[Key], at_once: int | None = None) -> Iterator[Slot]:
         """Bring the experts of one layer past the compute: yields each key's slot, pinned, resident ones first.
 
-        Fetches as many at a time as there are slots. The caller submits its compute after `slot.ready` and hands the
-        slot back with `release` before it asks for the next.
+        Fetches as many at a time as there are slots, or `at_once`. The caller submits its compute after `slot.ready` and
+        hands the slot back with `release` before it asks for the next.
         """
         resident: deque[Slot] = deque()
         arriving: deque[Slot] = deque()
@@ -197,7 +209,10 @@ class Transfer:
         self.misses += len(absent)
         try:
             while resident or arriving or absent:
-                while absent and (slot := self._demand(absent[0])) is not None:
+                while absent and (at_once is None or len(arriving) < at_once):
+                    slot = self._demand(absent[0])
+                    if slot is None:
+                        break
                     absent.popleft()
                     arriving.append(slot)
                 assert resident or arriving, f"no slot is free for {absent[0]} and none will be"

@@ -13,7 +13,7 @@ ago goes first, as a whole; what of the next layer is still there does not trave
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Generator
+from collections.abc import Generator, Mapping
 
 from duoserve.cache import ExpertCache, Slot
 from duoserve.core import Key, Step
@@ -32,9 +32,9 @@ class WholeLayer(Foresight):
         """The first layer was asked for while the last one of the pass before computed, if there was one."""
         self._ask(0)
 
-    def spoken(self, step: Step | None, layer: int, needed: Collection[int]) -> None:
+    def spoken(self, step: Step | None, layer: int, tokens: Mapping[int, int]) -> None:
         self._due.clear()
-        self._transfer.settle(layer, needed)
+        self._transfer.settle(layer, tokens)
 
     def push(self) -> None:
         while self._due and (self._due[0] in self._cache or self._transfer.guess(self._due[0]) is not None):

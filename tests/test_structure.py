@@ -14,11 +14,11 @@ FLOORS = {
     0: {
         *("version", "core", "config", "device", "native", "int4", "codec", "checkpoint", "folder", "published"),
         *("hub", "sizing", "durable", "headers", "attention", "routers", "benefit", "system", "sampling", "stopping"),
-        "foresight",
+        *("foresight", "future"),
     },
     1: {"store", "cache", "clock", "experts", "trunk", "manifest", "shelf"},
     2: {"convert", "transfer", "profile"},
-    3: {"prefill", "decode", "ahead", "wholelayer", "estimate", "fleet"},
+    3: {"prefill", "decode", "ahead", "wholelayer", "paper", "activation", "sighted", "estimate", "fleet"},
     4: {"moe", "policies", "costing"},
     5: {"plan", "simulate", "together"},
     6: {"model", "needs"},
@@ -34,6 +34,9 @@ FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 SIDE_BY_SIDE = {
     ("config", "core"),
     ("foresight", "core"),
+    ("foresight", "future"),
+    ("future", "core"),
+    ("paper", "ahead"),
     ("moe", "policies"),
     ("decode", "ahead"),
     ("device", "core"),
