@@ -1,12 +1,12 @@
-"""DuoServe-MoE's headline in ratio, simulated: time to first token and end to end of DuoServe as published over synchronous
-on-demand and layer-wise full prefetch, for the paper's four models on its two machines and two kinds of text. No GPU is here:
-every figure is of the clock (`duoserve.simulate`), none is measured.
+"""DuoServe-MoE's headline in ratio, simulated: time to first token and end to end of DuoServe as published over
+synchronous on-demand and layer-wise full prefetch, for the paper's four models on its two machines and two kinds of text.
+No GPU is here: every figure is of the clock (`duoserve.simulate`), none is measured.
 
-python -m benchmarks.headline [--out FOLDER]          about four minutes on one core; writes headline.md and headline.jsonl
+python -m benchmarks.headline [--out FOLDER]     some minutes on one core; writes headline.md and headline.jsonl
 
-One set of constants for every cell, below; each was written down with its reason before the first run. The paper states neither
-lengths nor seconds, so that only ratios compare. Its cells are not published one by one either, only their range, so a verdict
-says whether a cell of ours lies in it. The rows behind the verdicts say what assumption a cell would take.
+One set of constants for every cell, below; each was written down with its reason before the first run. The paper states
+neither lengths nor seconds, so that only ratios compare. Its cells are not published one by one either, only their range,
+so a verdict says whether a cell of ours lies in it; beside it stands what assumption the cell would take.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ class Task(NamedTuple):
     new: int
 
 
-# A SQuAD paragraph has some 120 words and its question 11; its answers are short sentences. Orca-Math's problems have some 60
-# words, its worked solutions some 200.
+# A SQuAD paragraph has some 120 words and its question 11; answers are short sentences. Orca-Math's problems have some
+# 60 words, its worked solutions some 200.
 TASKS = {"SQuAD": Task(190, 32), "Orca-Math": Task(90, 256)}
-# The paper's base is a modified vLLM: fused operations, about a quarter of a stock model's, and half the host time per expert.
+# The paper's base is a modified vLLM: fused operations, a quarter of a stock model's, and half the host time per expert.
 LAUNCH = Launch(1e-6, 100e-6, 20e-6)
 # ExpertMLP names the whole set in 54 to 67 % of cases; per slot that is the k-th root of their middle, were slots independent.
 EXACT = 0.605
@@ -67,7 +67,7 @@ MEMORY_GB = {
 
 
 class System(NamedTuple):
-    """`layers`: slots for so many whole layers; else as many as a token takes of one (the paper's, and on-demand's least)."""
+    """`layers`: slots for so many whole layers; 0 for as many as a token takes of one, as the paper has it."""
 
     policy: Policy
     pageable: bool = False
@@ -75,8 +75,8 @@ class System(NamedTuple):
     guesses: bool = False
 
 
-# On-demand moves experts as Accelerate does: from pageable memory, one after the other, after the gate. MoESys keeps its layers
-# in pinned memory and wants room for two. Both are the methods' own descriptions, not fitted.
+# On-demand moves experts as Accelerate does: from pageable memory, one after the other, after the gate. MoESys keeps its
+# layers in pinned memory and wants room for two. Both are the methods' own descriptions, not fitted.
 SYSTEMS = {
     "on-demand": System(Policy.ON_DEMAND, pageable=True),
     "LFP": System(Policy.LFP, layers=2),
@@ -139,7 +139,7 @@ def verdict(value: float, low: float, high: float) -> str:
 
 
 def remedy(times: dict[str, Times], over: str, what: str, low: float, high: float) -> str:
-    """What a cell outside the range would take: the other assumption's ratio, or what the base would have to be."""
+    """What a cell outside the range would take: other memory for the baseline, shorter answers, or what is left then."""
     value = ratio(times, over, what)
     if verdict(value, low, high) == "in range":
         return ""
@@ -147,8 +147,16 @@ def remedy(times: dict[str, Times], over: str, what: str, low: float, high: floa
     there = ratio(times, other, what)
     if verdict(there, low, high) == "in range":
         return f"{other.split(', ')[1]} memory for {over} gives {there:.2f}"
+    if what == "e2e" and value > high and (longest := _longest_answer(times, over, high)) >= 1:
+        return f"answers of at most {longest} tokens"
     wanted = (low if value < low else high) * getattr(times["DuoServe"], what)
     return f"{over} {wanted / getattr(times[over], what):.2f} times as long ({other} gives {there:.2f})"
+
+
+def _longest_answer(times: dict[str, Times], over: str, high: float) -> int:
+    """Tokens up to which the ratio end to end stays below `high`: it moves from that of the prompt to that of a token."""
+    base, duo = times[over], times["DuoServe"]
+    return 1 + int((high * duo.ttft - base.ttft) / (base.token - high * duo.token))
 
 
 def report(found: dict[tuple[str, str, str], dict[str, Times]]) -> str:
@@ -159,14 +167,14 @@ def report(found: dict[tuple[str, str, str], dict[str, Times]]) -> str:
 def _constants() -> list[str]:
     tasks = "; ".join(f"{kind} {t.prompt} tokens in, {t.new} out" for kind, t in TASKS.items())
     return [
-        "Virtual clock under the real schedules; routes made by `traces/generate.py` with published habits (Mixtral's, Qwen3's; "
-        "DeepSeekMoE's are taken to be like Qwen3's). `python -m benchmarks.headline` writes this file.",
+        "Virtual clock under the real schedules; routes made by `traces/generate.py` with published habits (Mixtral's, "
+        "Qwen3's; DeepSeekMoE's are taken to be like Qwen3's). `python -m benchmarks.headline` writes this file.",
         "",
         "One set of constants for every cell, fixed before the first run:",
         "",
         f"- lengths, which the paper does not give: {tasks};",
         "- link: PCIe 4.0 x16, 25 GB/s pinned, 10 GB/s pageable (sources in `duoserve/machines/`);",
-        "- on-demand as in Accelerate: pageable, synchronous, one expert after the other, as many slots as a token takes;",
+        "- on-demand as in Accelerate: pageable, synchronous, one expert after the other, slots as a layer's choices;",
         "- LFP as in MoESys: pinned, asynchronous, whole layers, room for two of them, nothing else kept;",
         "- DuoServe as published: pinned, two streams, slots as on-demand, a prediction takes 0.6 ms, and per slot it is right "
         f"with {EXACT} to the power 1/k (its whole-set accuracy is 54 to 67 %);",
@@ -202,14 +210,27 @@ def _means(found: dict[tuple[str, str, str], dict[str, Times]]) -> list[str]:
     lines = ["| | paper | ours (simulated) | verdict |", "|---|---:|---:|---|"]
     for kind, said in MEAN_E2E.items():
         ours = statistics.mean(ratio(t, "on-demand", "e2e") for at, t in found.items() if at[2] == kind)
-        lines.append(f"| mean end to end over on-demand, {kind} | {said} | {ours:.2f} | {_near(ours, said)} |")
+        takes = (
+            f"{_near(ours, said)}; the paper's would take pageable memory at {_pageable(found, kind, said):.1f} GB/s"
+        )
+        lines.append(f"| mean end to end over on-demand, {kind} | {said} | {ours:.2f} | {takes} |")
     for label, what, span in (("TTFT", "ttft", TTFT), ("end to end", "e2e", E2E)):
         every = [ratio(t, over, what) for t in found.values() for over in BASES]
         inside = sum(verdict(value, *span) == "in range" for value in every)
-        lines.append(
-            f"| {label}, range over both | {span[0]}-{span[1]} | {min(every):.2f}-{max(every):.2f} | {inside} of {len(every)} cells in range |"
-        )
+        ours = f"{min(every):.2f}-{max(every):.2f} | {inside} of {len(every)} cells in range"
+        lines.append(f"| {label}, range over both | {span[0]}-{span[1]} | {ours} |")
     return lines
+
+
+def _pageable(found: dict[tuple[str, str, str], dict[str, Times]], kind: str, said: float) -> float:
+    """GB/s of on-demand's link at which the mean would be what the paper says: the time of synchronous copies is linear in
+    1 / rate, and so is the mean of the ratios."""
+    some = [times for at, times in found.items() if at[2] == kind]
+    slow, fast = (statistics.mean(ratio(t, over, "e2e") for t in some) for over in ("on-demand", "on-demand, pinned"))
+    link = machine(MACHINES[0]).link
+    assert link is not None
+    inverse = 1 / link.pinned + (said - fast) / (slow - fast) * (1 / link.pageable - 1 / link.pinned)
+    return 1e-9 / inverse
 
 
 def _near(ours: float, said: float) -> str:
@@ -221,7 +242,8 @@ def _strong(found: dict[tuple[str, str, str], dict[str, Times]]) -> list[str]:
         "The row that the paper lacks: DuoServe as published, and ours with the same slots, over strong on-demand (pinned, "
         "asynchronous, resident first, LRU); and over the paper's own baseline with nothing but pinned memory.",
         "",
-        "| model | machine | text | TTFT, published | end to end, published | end to end, ours | over pinned on-demand, end to end |",
+        "| model | machine | text | TTFT, published | end to end, published | end to end, ours | published over pinned "
+        "on-demand, end to end |",
         "|---|---|---|---:|---:|---:|---:|",
     ]
     for (model, name, kind), times in found.items():
