@@ -49,7 +49,7 @@ class Task(NamedTuple):
 TASKS = {"SQuAD": Task(190, 32), "Orca-Math": Task(90, 256)}
 # The paper's base is a modified vLLM: fused operations, a quarter of a stock model's, and half the host time per expert.
 LAUNCH = Launch(1e-6, 100e-6, 20e-6)
-# ExpertMLP names the whole set in 54 to 67 % of cases; per slot that is the k-th root of their middle, were slots independent.
+# ExpertMLP names the whole set in 54 to 67 % of cases; per slot that is the k-th root of their middle, if independent.
 EXACT = 0.605
 SIMULATED = {
     Policy.LFP: 4
@@ -176,13 +176,13 @@ def _constants() -> list[str]:
         "- link: PCIe 4.0 x16, 25 GB/s pinned, 10 GB/s pageable (sources in `duoserve/machines/`);",
         "- on-demand as in Accelerate: pageable, synchronous, one expert after the other, slots as a layer's choices;",
         "- LFP as in MoESys: pinned, asynchronous, whole layers, room for two of them, nothing else kept;",
-        "- DuoServe as published: pinned, two streams, slots as on-demand, a prediction takes 0.6 ms, and per slot it is right "
-        f"with {EXACT} to the power 1/k (its whole-set accuracy is 54 to 67 %);",
+        "- DuoServe as published: pinned, two streams, slots as on-demand, a prediction takes 0.6 ms and is right, "
+        f"per slot, with {EXACT} to the power 1/k (its whole-set accuracy is 54 to 67 %);",
         f"- launches as of a fused engine (the paper's is a modified vLLM): {1e6 * LAUNCH.op_s:.0f} us an operation, "
         f"{1e6 * LAUNCH.layer_s:.0f} us a MoE layer, {1e6 * LAUNCH.expert_s:.0f} us an expert.",
         "",
-        f"The paper's range over both baselines: TTFT {TTFT[0]}-{TTFT[1]}, end to end {E2E[0]}-{E2E[1]}. Single cells are not "
-        "published, so a verdict says whether a cell lies in that range.",
+        f"The paper's range over both baselines: TTFT {TTFT[0]}-{TTFT[1]}, end to end {E2E[0]}-{E2E[1]}. Single cells are "
+        "not published, so a verdict says whether a cell lies in that range.",
     ]
 
 
