@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from duoserve.estimate import Needs
     from duoserve.profile import Profile
     from duoserve.simulate import Outcome, Pass
+    from duoserve.timeline import Timeline
 
 PREDICTOR_BYTES = 300_000_000  # of DuoServe's ExpertMLP, as published; ours has a tenth of that
 PAPER_PREDICT_S = 6e-4  # one prediction of it, as published
@@ -92,14 +94,15 @@ class Figures:
     memory_bytes: int  # trunk, slots, and the predictor's where there is one
 
 
-def play(scene: Scene, passes: Sequence[Pass]) -> Figures:
+def play(scene: Scene, passes: Sequence[Pass], timeline: Timeline | None = None) -> Figures:
     """Simulate, and set what came of it beside its limit."""
-    prompts, decoded = split(scene, passes)
-    return _figures(scene, passes, prompts, decoded)
+    prompt, all_ = split(scene, passes, timeline)
+    return _figures(scene, passes, prompt, all_)
 
 
-def split(scene: Scene, passes: Sequence[Pass]) -> tuple[Outcome | None, Outcome]:
+def split(scene: Scene, passes: Sequence[Pass], timeline: Timeline | None = None) -> tuple[Outcome | None, Outcome]:
     """What the first pass took alone, where it is a prompt, and what all took."""
+    from duoserve.future import Future
     from duoserve.simulate import Link, Shape, Simulation
 
     needs = scene.needs
@@ -111,11 +114,17 @@ def split(scene: Scene, passes: Sequence[Pass]) -> tuple[Outcome | None, Outcome
         shape, costs, link, scene.policy, predictor=_predictor(scene, passes, experts), always=scene.always,
         asynchronous=scene.profile.device != "cpu",
     )  # fmt: skip
+    if scene.policy is Policy.BELADY:
+        simulation.runtime.foresee(Future(experts, ([list(tokens) for tokens in one.chosen] for one in passes)))
     first = None
+    if timeline is not None:
+        simulation.runtime.record(timeline)
     for number, one in enumerate(passes):
         simulation.run(one)
         if number == 0 and one.phase is Phase.PREFILL:
             first = simulation.outcome()
+    if timeline is not None:
+        simulation.runtime.record(None)
     return first, simulation.outcome()
 
 
@@ -279,6 +288,9 @@ def simulate(
     ] = None,
     format: Annotated[str | None, typer.Option(help="Experts as int4, nf4, fp8 or bf16. Default: the model's.")] = None,
     trunk: Annotated[str | None, typer.Option(help="Trunk as int4, nf4 or bf16. Default: the model's.")] = None,
+    timeline: Annotated[
+        Path | None, typer.Option("--timeline", help="Record what happens when, for `duoserve timeline FILE`.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     cache_dir: Annotated[str | None, typer.Option(help="Where `doctor` left this machine's profile.")] = None,
 ) -> None:
@@ -303,7 +315,7 @@ def simulate(
             prompt_tokens + new_tokens // 2,
         )
     scene = Scene(needs, profile, Policy(policy), fitting, rate, recall, context=context, batch=batch)
-    found = play(scene, passes)
+    found = _recorded(scene, passes, timeline, name, machine) if timeline is not None else play(scene, passes)
     if as_json:
         about = {"simulated": True, "model": name, "machine": machine, "policy": policy, "link_bytes_per_s": scene.rate}
         routes = str(trace) if trace is not None else "generated"
@@ -311,6 +323,19 @@ def simulate(
         return
     for what, says in table(scene, found, name, machine):
         print(f"{what:18s}{says}")
+
+
+def _recorded(scene: Scene, passes: Sequence[Pass], path: Path, name: str, machine: str) -> Figures:
+    """Simulate, and write what happened when."""
+    from duoserve.runfile import Run, write_run
+    from duoserve.timeline import Timeline
+
+    timeline = Timeline()
+    found = play(scene, passes, timeline)
+    meta = {"simulated": "yes", "model": name, "policy": scene.policy.value, "slots": str(scene.slots)}
+    write_run(path, Run.of(timeline, meta, scene.profile.machine | {"simulated": machine}))
+    print(f"recorded {path}: `duoserve timeline {path} --png picture.png` shows it", file=sys.stderr)
+    return found
 
 
 def table(scene: Scene, found: Figures, name: str, machine: str) -> Iterator[tuple[str, str]]:

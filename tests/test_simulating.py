@@ -65,6 +65,12 @@ def test_more_slots_never_miss_more_and_all_slots_miss_nothing_in_decode() -> No
     assert missed[0] > 0.5 * 39 * 6 * 4
 
 
+def test_who_knows_the_future_moves_least() -> None:
+    future, *others = (play(scene(p, 32), PASSES) for p in (Policy.BELADY, Policy.DUOSERVE, Policy.LRU, Policy.MIF))
+    assert all(future.moved_bytes <= other.moved_bytes for other in others)
+    assert all(future.total_s < other.total_s for other in others)
+
+
 def test_a_good_predictor_helps_where_the_link_is_slow_and_a_bad_one_costs_bytes() -> None:
     """Guessing always, so that the live gate does not hide it."""
     slow = {"slots": 24, "link": 3e9}
@@ -99,6 +105,18 @@ def test_a_trace_is_replayed(toy: Any, load: Any, tmp_path: Path, capsys: pytest
     assert found["passes"] == 9 and found["hits"] + found["in_flight"] + found["misses"] == 8 * 3 * 2
     with pytest.raises(Refusal, match=r"E_TRACE: .* is of 3 layers of 6 experts, the model has 24 of 32"):
         run("simulate", "gpt-oss-20b", "--machine", "rtx4090", "--trace", tmp_path / "t")
+
+
+def test_what_happens_when_is_recorded_in_virtual_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Compute and stalls fill the model's thread; the run's file is what `duoserve timeline` reads."""
+    pytest.importorskip("duoserve.runfile")
+    asked = ("simulate", "gpt-oss-20b", "--machine", "a5000", "--prompt-tokens", 8, "--new-tokens", 3, "--slots", 96)
+    run(*asked, "--policy", "lru", "--timeline", tmp_path / "run.json", "--json")
+    found = json.loads(capsys.readouterr().out)
+    run("timeline", tmp_path / "run.json", "--json")
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["meta"]["simulated"] == "yes"
+    assert shown["seconds"] == pytest.approx(found["total_s"], rel=0.01)
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,9 @@ FLOORS = {
     0: {
         *("version", "core", "config", "device", "native", "int4", "codec", "checkpoint", "folder", "published"),
         *("hub", "sizing", "durable", "headers", "attention", "routers", "benefit", "system", "sampling", "stopping"),
-        *("foresight", "future"),
+        *("foresight", "future", "timeline"),
     },
-    1: {"store", "cache", "clock", "experts", "trunk", "manifest", "shelf"},
+    1: {"store", "cache", "clock", "experts", "trunk", "manifest", "shelf", "runfile"},
     2: {"convert", "transfer", "profile"},
     3: {"prefill", "decode", "ahead", "wholelayer", "paper", "activation", "sighted", "estimate", "fleet"},
     4: {"moe", "policies", "costing"},
@@ -34,7 +34,7 @@ FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 SIDE_BY_SIDE = {
     ("config", "core"),
     ("foresight", "core"),
-    ("foresight", "future"),
+    ("foresight", "future", "timeline"),
     ("future", "core"),
     ("paper", "ahead"),
     ("moe", "policies"),
