@@ -59,7 +59,9 @@ class ExpertCache:
         self._layer = np.repeat(np.arange(len(experts)), experts)  # of each expert
         self._slot = np.full(len(self._layer), -1, dtype=np.int64)  # of each expert, or -1
         self._worth = np.zeros(len(self._layer))
-        self._open = np.zeros(len(self._layer), dtype=bool)  # sits in a slot that is not pinned
+        self._shut = np.full(len(self._layer), np.inf)  # 0 where it sits in a slot that is not pinned
+        self._ties: dict[int, np.ndarray] = {}  # by turn: what of each expert's worth breaks ties
+        self._value = np.empty(len(self._layer))  # worked on by `offer`
         self._free = list(reversed(self.slots))
         self._turn = 0  # the layer whose turn it is
 
@@ -113,7 +115,8 @@ class ExpertCache:
         if slot.key is None:
             self._free.pop()
         else:
-            self._slot[self._at(slot.key)], self._open[self._at(slot.key)] = -1, False
+            former = self._at(slot.key)
+            self._slot[former], self._shut[former] = -1, np.inf
             self.evictions += 1
         slot.key, slot.pins = key, 1
         self._slot[self._at(key)] = slot.index
@@ -123,25 +126,31 @@ class ExpertCache:
         """The slot that `claim` would take: a free one, else that of the expert worth least."""
         if self._free:
             return self._free[-1]
-        open_ = self._open if sparing is None else self._open & (self._layer != sparing)
-        until_turn = (self._layer - self._turn - 1) % self._layers
-        expert = int(np.argmin(np.where(open_, self._worth - TIE * until_turn, np.inf)))
-        return self.slots[self._slot[expert]] if open_[expert] else None
+        ties = self._ties.get(self._turn)
+        if ties is None:
+            ties = self._ties[self._turn] = TIE * ((self._layer - self._turn - 1) % self._layers)
+        value = np.subtract(self._worth, ties, out=self._value)
+        value += self._shut
+        if sparing is not None:
+            value[self._first[sparing] : self._first[sparing + 1]] = np.inf
+        expert = value.argmin()
+        return self.slots[self._slot[expert]] if value[expert] < np.inf else None
 
     def pin(self, slot: Slot) -> None:
         assert slot.key is not None, slot
         slot.pins += 1
-        self._open[self._at(slot.key)] = False
+        self._shut[self._at(slot.key)] = np.inf
 
     def unpin(self, slot: Slot) -> None:
         assert slot.key is not None and slot.pins > 0, slot
         slot.pins -= 1
-        self._open[self._at(slot.key)] = slot.pins == 0
+        if slot.pins == 0:
+            self._shut[self._at(slot.key)] = 0.0
 
     def forget(self, slot: Slot) -> None:
         """Empty a slot whose copy failed."""
         assert slot.key is not None, slot
-        self._slot[self._at(slot.key)], self._open[self._at(slot.key)] = -1, False
+        self._slot[self._at(slot.key)], self._shut[self._at(slot.key)] = -1, np.inf
         slot.key, slot.pins, slot.ready = None, 0, None
         self._free.append(slot)
 
@@ -154,13 +163,16 @@ class ExpertCache:
             return
         self._free.pop()
         slot.key, slot.ready = former, ready
-        self._slot[self._at(former)], self._open[self._at(former)] = slot.index, True
+        self._slot[self._at(former)], self._shut[self._at(former)] = slot.index, 0.0
         self.evictions -= 1
 
     def check(self) -> None:
         """Integrity when idle: every key has one slot, every slot at most one key, nothing is pinned."""
         held = [slot for slot in self.slots if slot.key is not None]
-        assert len(held) == len(self) == int((self._slot >= 0).sum()) == int(self._open.sum()), (len(held), len(self))
+        assert len(held) == len(self) == int((self._slot >= 0).sum()) == int((self._shut == 0).sum()), (
+            len(held),
+            len(self),
+        )
         for slot in held:
             assert slot.key is not None and self.lookup(slot.key) is slot and slot.pins == 0, slot
 

@@ -46,14 +46,15 @@ class Link:
 class Moment:
     """Something that will have happened on a virtual machine: `device.Event` without threads."""
 
-    __slots__ = ("_device", "done", "end", "error", "job", "waiters")
+    __slots__ = ("_device", "cost", "done", "error", "job", "waiters")
 
     def __init__(self, device: ClockDevice, job: _Job | None = None):
         self._device, self.job = device, job
+        self.cost = job.cost if job is not None else 0.0
         self.done = False
         self.end: float | None = None
         self.error: BaseException | None = None
-        self.waiters: list[_Job] = []
+        self.waiters: list[_Job] | None = []
 
     @property
     def issued(self) -> bool:
@@ -75,7 +76,6 @@ class Moment:
 
     def set(self, mark: Any = None, error: BaseException | None = None) -> None:
         self.done, self.error = True, error
-        self.end = self._device.now()
 
 
 class _Job:
@@ -146,8 +146,9 @@ class ClockStream:
         if self.cancel(event):
             return
         if event.done:
-            self.cost_done -= event.job.cost
-        event.job.cost = 0
+            self.cost_done -= event.cost
+        else:
+            event.job.cost = 0
 
     def close(self) -> None: ...
 
@@ -174,7 +175,7 @@ class ClockStream:
 
     def _begin(self, job: _Job) -> None:
         """Say when it will be over."""
-        self.device.at(self.device.time + job.cost, lambda: self.finish(job))
+        self.device.at(self.device.time + job.cost, self.finish, job)
 
     def finish(self, job: _Job) -> None:
         """The job is over now: do what it does, and let others begin."""
@@ -192,14 +193,15 @@ class ClockStream:
         self._over(job.event)
 
     def _over(self, event: Moment) -> None:
-        event.done, event.end = True, self.device.time
+        waiters, event.waiters, event.job, event.done = event.waiters, None, None, True
         streams = [self]
-        for job in event.waiters:
+        for job in waiters or ():
             job.pending -= 1
             if job.pending == 0 and job.stream not in streams:
                 streams.append(job.stream)
         for stream in streams:
-            stream.start()
+            if stream._demand or stream._ahead:
+                stream.start()
 
 
 class Wire(ClockStream):
@@ -211,7 +213,7 @@ class Wire(ClockStream):
 
     def _begin(self, job: _Job) -> None:
         self._free_at = max(self._free_at, self.device.time) + job.cost / self._link.bytes_per_s
-        self.device.at(self._free_at + self._link.latency_s, lambda: self.finish(job))
+        self.device.at(self._free_at + self._link.latency_s, self.finish, job)
 
 
 class Shared(ClockStream):
@@ -226,7 +228,7 @@ class Shared(ClockStream):
         self._turn = 0  # which of the ends foreseen is still foreseen
 
     def _begin(self, job: _Job) -> None:
-        self.device.at(self.device.time + self._latency_s, lambda: self._join(job))
+        self.device.at(self.device.time + self._latency_s, self._join, job)
 
     def _join(self, job: _Job) -> None:
         self._progress()
@@ -248,7 +250,7 @@ class Shared(ClockStream):
         if self._left:
             turn, job = self._turn, min(self._left, key=lambda j: self._left[j])
             at = self.device.time + max(0.0, self._left[job]) / self._rate()
-            self.device.at(at, lambda: self._end(job, turn))
+            self.device.at(at, self._end, job, turn)
 
     def _end(self, job: _Job, turn: int) -> None:
         if turn != self._turn:
@@ -323,7 +325,7 @@ class ClockDevice:
     def __init__(self, link: Link, disk: Link | None = None, asynchronous: bool = False, launch_s: float = 0.0):
         self.name = "clock" if asynchronous else "cpu"
         self.time = 0.0  # the host's, and what the streams have come to
-        self._ends: list[tuple[float, int, Callable[[], Any]]] = []
+        self._ends: list[tuple[float, int, Callable[..., Any], tuple[Any, ...]]] = []
         self._numbered = 0
         self.host = getcurrent()
         self.compute: Inline | Queued = Queued(self, launch_s) if asynchronous else Inline(self)
@@ -350,10 +352,10 @@ class ClockDevice:
             assert self._ends, "nothing that runs leads to the event"
             self._step()
 
-    def at(self, time: float, fn: Callable[[], Any]) -> None:
-        """Do `fn` at `time`; of equal times in the order of asking."""
+    def at(self, time: float, fn: Callable[..., Any], *args: Any) -> None:
+        """Call `fn` at `time`; of equal times in the order of asking."""
         self._numbered += 1
-        heappush(self._ends, (time, self._numbered, fn))
+        heappush(self._ends, (time, self._numbered, fn, args))
 
     def arena(self, n_bytes: int) -> torch.Tensor:
         """Memory without bytes; slices of it are empty."""
@@ -386,9 +388,9 @@ class ClockDevice:
         self.time = max(self.time, until)
 
     def _step(self) -> None:
-        time, _, fn = heappop(self._ends)
+        time, _, fn, args = heappop(self._ends)
         self.time = max(self.time, time)
-        fn()
+        fn(*args)
 
 
 def _road(device: ClockDevice, name: str, link: Link) -> Wire | Shared:

@@ -22,6 +22,7 @@ import torch
 from duoserve.cache import ExpertCache, Slot
 from duoserve.codec import Weight
 from duoserve.core import Key, Lane
+from duoserve.decisions import Decisions
 from duoserve.device import DONE, Device, Event, host_arena
 from duoserve.int4 import Scratch
 from duoserve.store import Store
@@ -73,6 +74,13 @@ class Transfer:
         self.ready = self.late = self.wrong = 0
         self._guessed: dict[Key, Guess] = {}  # until the layer's router speaks
         self.waiting = 0  # experts of the running layer that have no slot yet
+        self.decisions = Decisions()
+
+    def decide(self, decisions: Decisions) -> None:
+        """Ask these what the clock would say from now on."""
+        self.decisions = decisions
+        if self.host is not None:
+            self.host.decisions = decisions
 
     def slab(self, slot: Slot) -> torch.Tensor:
         """The slot's memory, (slab_bytes,) uint8 on the device."""
@@ -92,7 +100,8 @@ class Transfer:
         key, into = slot.key, self.slab(slot)
         assert key is not None, slot
         if slot.ready is not None:
-            self.guesses -= self.device.copy.cancel(slot.ready)  # a guess gives way to this need, if nobody started it
+            # a guess gives way to this need, if nobody started it
+            self.guesses -= self.decisions.cancelled(self.device.copy, slot.ready)
         former = slot.released if slot.ready is None else (*slot.released, slot.ready)
         cost = self.store.layout(key.layer).slab_bytes
         if self.host is None:
@@ -109,12 +118,14 @@ class Transfer:
         None where that leaves no slot. The slot is left unpinned: a demand may take it back.
         """
         with self.lock:
+            self.decisions.tick()
             if self.waiting:
                 return None
             offer = self.cache.offer(sparing=key.layer)
-            if offer is None or not all(event.done for event in offer.released):
+            if offer is None:
                 return None
-            if offer.ready is not None and not offer.ready.done:
+            free = all(event.done for event in (*offer.released, offer.ready or DONE))
+            if not self.decisions.said("free", free):
                 return None
             former = (offer.key, offer.ready, offer.released)
             slot = self.cache.claim(key, sparing=key.layer)
@@ -131,15 +142,16 @@ class Transfer:
         """
         began = withdrawn = 0
         with self.lock:
+            self.decisions.tick()
             for key in [key for key in self._guessed if layer is None or key.layer == layer]:
                 guess = self._guessed.pop(key)
                 if guess.slot.key != key or guess.slot.ready is not guess.copy:
                     withdrawn += 1  # a need took its slot
                 elif layer is not None and key.expert in needed:
-                    done = guess.copy.done
+                    done = self.decisions.said("ready", guess.copy.done)
                     self.ready, self.late = self.ready + done, self.late + (not done)
-                    began += done or not self.device.copy.queued(guess.copy)
-                elif self.device.copy.cancel(guess.copy):
+                    began += done or not self.decisions.said("queued", self.device.copy.queued(guess.copy))
+                elif self.decisions.cancelled(self.device.copy, guess.copy):
                     self.cache.restore(guess.slot, guess.former, guess.ready, guess.released)
                     self.guesses -= 1
                     withdrawn += 1
@@ -165,13 +177,14 @@ class Transfer:
         arriving: deque[Slot] = deque()
         absent: deque[Key] = deque()
         with self.lock:
+            self.decisions.tick()
             for key in keys:
                 slot = _whole(self.cache, key)
                 if slot is None:
                     absent.append(key)
                     continue
                 self.cache.pin(slot)
-                if slot.ready.done:
+                if self.decisions.said("resident", slot.ready.done):
                     resident.append(slot)
                 else:
                     self._hurry(slot)
@@ -194,6 +207,7 @@ class Transfer:
     def _demand(self, key: Key) -> Slot | None:
         """A slot that is being filled with what is needed now; None while all are in use."""
         with self.lock:
+            self.decisions.tick()
             slot = self.cache.claim(key)
             if slot is not None:
                 self.waiting -= 1
@@ -204,6 +218,7 @@ class Transfer:
         """The same without any overlap (synchronous on-demand): an absent expert is fetched and waited for in its turn."""
         for key in keys:
             with self.lock:
+                self.decisions.tick()
                 slot = _whole(self.cache, key)
                 if slot is None:
                     self.misses += 1
@@ -229,17 +244,20 @@ class Transfer:
     def release(self, slot: Slot, read: Event) -> None:
         """The work behind `read` was the slot's last reader for now."""
         with self.lock:
+            self.decisions.tick()
             slot.released = (read,)
             self.cache.unpin(slot)
 
     def abandon(self, slot: Slot) -> None:
         """Nobody will read it now: hand the slot back."""
         with self.lock:
+            self.decisions.tick()
             self.cache.unpin(slot)
 
     def turn(self, layer: int, rows: int, chosen: dict[int, int]) -> None:
         """A layer's router has spoken: what the pool keeps follows from that (`ExpertCache.turn`)."""
         with self.lock:
+            self.decisions.tick()
             self.cache.turn(layer, rows, chosen)
 
     def counts(self) -> Counts:
@@ -256,6 +274,7 @@ class HostTier:
         self.slab_bytes = store.slab_bytes
         self.memory = host_arena(n_slabs * self.slab_bytes)
         self._lock = threading.Lock()
+        self.decisions = Decisions()
         self.disk_reads = self.reads_ahead = 0
 
     def fill(self) -> None:
@@ -297,7 +316,10 @@ class HostTier:
             if self.cache.lookup(key) is not None:
                 return
             offer = self.cache.offer()
-            if offer is None or not all(event.done for event in (*offer.released, offer.ready or DONE)):
+            if offer is None:
+                return
+            free = all(event.done for event in (*offer.released, offer.ready or DONE))
+            if not self.decisions.said("free to read", free):
                 return
             slot = self._read(key, Lane.AHEAD)
             self.reads_ahead += 1
