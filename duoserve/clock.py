@@ -48,11 +48,10 @@ class Moment:
 
     __slots__ = ("_device", "cost", "done", "error", "job", "waiters")
 
-    def __init__(self, device: ClockDevice, job: _Job | None = None):
-        self._device, self.job = device, job
-        self.cost = job.cost if job is not None else 0.0
+    def __init__(self, device: ClockDevice, job: _Job):
+        self._device, self.cost = device, job.cost
+        self.job: _Job | None = job  # until it is over
         self.done = False
-        self.end: float | None = None
         self.error: BaseException | None = None
         self.waiters: list[_Job] | None = []
 
@@ -73,9 +72,6 @@ class Moment:
             self._device.wait_for(self)
         if needed and self.error is not None:
             raise self.error
-
-    def set(self, mark: Any = None, error: BaseException | None = None) -> None:
-        self.done, self.error = True, error
 
 
 class _Job:

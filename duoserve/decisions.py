@@ -1,9 +1,9 @@
-"""What a run decided by the clock: which copy was there in time, which guess could still be withdrawn, when a ranking came. Notes
-the answers, or repeats noted ones, so that the same passes on another machine, or another clock, take the same slots and
+"""What a run decided by the clock: which copy was there in time, which guess could be withdrawn, when a ranking came. Notes the
+answers, or repeats noted ones, so that the same passes on another machine, or another clock, take the same slots and
 move the same bytes. Knows questions and answers; knows nothing of experts, streams or seconds. Imports no torch.
 
-Two threads ask, one at a time: every section behind the transfer's lock begins with `tick`. A ranking made on the predictor's
-thread comes between two ticks, and in a repetition comes there again.
+Two threads ask, one at a time: every section behind the lock of the transfer begins with `tick`. A ranking made on the
+predictor's thread comes between two ticks, and in a repetition comes there again.
 """
 
 from __future__ import annotations
@@ -74,6 +74,7 @@ class Repeating(Decisions):
         self._answers, self._rankings = deque(answers), deque(rankings)
         self._ticks = 0
         self._held: dict[int, Callable[[], None]] = {}
+        self._coming: Ranked | None = None
 
     @property
     def over(self) -> bool:
@@ -82,7 +83,8 @@ class Repeating(Decisions):
 
     def tick(self) -> None:
         while self._rankings and self._rankings[0].ticks == self._ticks and self._rankings[0].number in self._held:
-            self._held.pop(self._rankings[0].number)()
+            self._coming = self._rankings.popleft()
+            self._held.pop(self._coming.number)()
         self._ticks += 1
 
     def said(self, what: str, found: bool) -> bool:
@@ -100,5 +102,7 @@ class Repeating(Decisions):
         self._held[number] = rank
 
     def ranked(self, number: int, experts: list[int]) -> list[int]:
-        assert self._rankings[0].number == number, (number, self._rankings[0])
-        return self._rankings.popleft().experts
+        if self._coming is None or self._coming.number != number:  # made at once, on the model's thread
+            self._coming = self._rankings.popleft()
+        assert self._coming.number == number, (number, self._coming)
+        return self._coming.experts

@@ -15,6 +15,7 @@ import torch
 from duoserve.cache import Slot
 from duoserve.clock import ClockDevice, Link
 from duoserve.core import Key, Phase, Policy, Predictor, Route, Step, When
+from duoserve.decisions import Decisions
 from duoserve.device import Device
 from duoserve.moe import Work, open_runtime
 from duoserve.store import Store
@@ -107,10 +108,12 @@ def simulate(
     predictor: Predictor | None = None,
     always: bool = False,
     asynchronous: bool = False,
+    decisions: Decisions | None = None,
 ) -> Outcome:
-    """Run the passes one after the other. `always`: guess also where it is not measured to pay."""
+    """Run the passes one after the other. `always`: guess also where it is not measured to pay. `decisions`: those of a
+    recorded run, to be repeated."""
     simulation = Simulation(shape, costs, link, policy, disk=disk, predictor=predictor, always=always,
-                            asynchronous=asynchronous)  # fmt: skip
+                            asynchronous=asynchronous, decisions=decisions)  # fmt: skip
     for one in passes:
         simulation.run(one)
     return simulation.outcome()
@@ -130,6 +133,7 @@ class Simulation:
         predictor: Predictor | None = None,
         always: bool = False,
         asynchronous: bool = False,
+        decisions: Decisions | None = None,
     ):
         self.shape, self.costs = shape, costs
         self.device = ClockDevice(link, disk if shape.host_slots else None, asynchronous, costs.launch_s)
@@ -140,6 +144,8 @@ class Simulation:
         self.runtime = open_runtime(device, store, shape.slots, policy, host)
         if predictor is not None:
             self.runtime.predict(_Timed(predictor, self.device, costs.predict_s), always)
+        if decisions is not None:
+            self.runtime.decide(decisions)
         self._expert_s: dict[tuple[int, int], float] = {}
         self._times: list[PassTime] = []
 

@@ -13,7 +13,19 @@ ROOT = Path(__file__).parent.parent
 FLOORS = {
     0: {
         *("version", "core", "config", "device", "native", "int4", "codec", "checkpoint", "folder", "published"),
-        *("hub", "sizing", "durable", "headers", "attention", "routers", "benefit", "system", "sampling", "stopping"),
+        *(
+            "hub",
+            "sizing",
+            "durable",
+            "headers",
+            "attention",
+            "routers",
+            "benefit",
+            "decisions",
+            "system",
+            "sampling",
+            "stopping",
+        ),
     },
     1: {"store", "cache", "clock", "experts", "trunk", "manifest", "shelf"},
     2: {"convert", "transfer", "profile"},
