@@ -27,6 +27,34 @@ from greenlet import getcurrent, greenlet
 
 from duoserve.core import Key, Lane
 from duoserve.device import DONE, Event
+from duoserve.timeline import (
+    AHEAD,
+    COMBINE,
+    COMPUTE,
+    COPY,
+    DEMAND,
+    DISK,
+    EXPERT,
+    GUESS,
+    IN_FLIGHT,
+    MODEL,
+    NONE,
+    PREDICTOR,
+    RANK,
+    READ,
+    SCHEDULE,
+    ModelThread,
+    Timeline,
+    Why,
+)  # fmt: skip
+
+_TRACKS = {
+    "copy": (DEMAND, AHEAD),
+    "disk": (DISK, DISK),
+    "predict": (PREDICTOR, PREDICTOR),
+    "compute": (COMPUTE, COMPUTE),
+}
+_KINDS = {"copy": COPY, "disk": READ, "predict": RANK}
 
 
 @dataclass(frozen=True)
@@ -46,12 +74,13 @@ class Link:
 class Moment:
     """Something that will have happened on a virtual machine: `device.Event` without threads."""
 
-    __slots__ = ("_device", "cost", "done", "error", "job", "waiters")
+    __slots__ = ("_device", "cost", "done", "error", "job", "waiters", "why")
 
     def __init__(self, device: ClockDevice, job: _Job):
         self._device, self.cost = device, job.cost
         self.job: _Job | None = job  # until it is over
         self.done = False
+        self.why = Why(GUESS if job.lane is Lane.AHEAD else DEMAND)
         self.error: BaseException | None = None
         self.waiters: list[_Job] | None = []
 
@@ -75,13 +104,14 @@ class Moment:
 
 
 class _Job:
-    __slots__ = ("after", "cost", "event", "fn", "lane", "pending", "start", "stream", "what")
+    __slots__ = ("after", "cost", "event", "fn", "lane", "pending", "start", "stream", "what", "worker")
 
     def __init__(self, stream: ClockStream, fn: Callable[[], Any], after: tuple[Any, ...], lane: Lane, cost: float,
                  what: Key | None):  # fmt: skip
         self.stream, self.fn, self.after, self.lane, self.cost, self.what = stream, fn, after, lane, cost, what
         self.event = Moment(stream.device, self)
         self.pending = 0  # of the events it waits for
+        self.worker = 0
         self.start: float | None = None
 
 
@@ -94,6 +124,9 @@ class ClockStream:
         self._demand: deque[_Job] = deque()
         self._ahead: deque[_Job] = deque()
         self._active = 0
+        self._idle = list(range(workers))[::-1]
+        self._numbered = workers > 1
+        self._timeline: Timeline | None = None
         self._busy_since = 0.0
         self.busy_s = 0.0  # seconds with at least one job running
         self.cost_done: float = 0
@@ -132,6 +165,8 @@ class ClockStream:
 
     def promote(self, event: Any) -> None:
         """A guess turned out to be needed: move its job, if still queued, to the DEMAND lane."""
+        if event.why.said == GUESS and not event.done:
+            event.why.said = IN_FLIGHT
         if self.queued(event):
             self._ahead.remove(event.job)
             event.job.lane = Lane.DEMAND
@@ -146,6 +181,10 @@ class ClockStream:
         else:
             event.job.cost = 0
 
+    def record(self, timeline: Timeline | None) -> None:
+        """Note jobs that end from now on in `timeline`."""
+        self._timeline = timeline
+
     def close(self) -> None: ...
 
     def start(self) -> None:
@@ -154,7 +193,7 @@ class ClockStream:
             if self._active == 0:
                 self._busy_since = self.device.time
             self._active += 1
-            job.start = self.device.time
+            job.start, job.worker = self.device.time, self._idle.pop()
             self._begin(job)
 
     def _next(self) -> _Job | None:
@@ -183,10 +222,21 @@ class ClockStream:
         except BaseException as raised:  # handed to whoever waits for the event
             job.event.error = raised
         self._active -= 1
+        self._idle.append(job.worker)
+        if self._timeline is not None:
+            self._add(self._timeline, job)
         self.cost_done += job.cost
         if self._active == 0:
             self.busy_s += self.device.time - self._busy_since
         self._over(job.event)
+
+    def _add(self, timeline: Timeline, job: _Job) -> None:
+        assert job.start is not None, job.what
+        layer, expert = job.what or (NONE, NONE)
+        track = _TRACKS[self.name][job.lane]
+        kind = _KINDS.get(self.name) or (COMBINE if job.what is None else EXPERT)
+        timeline.add(f"{track} {job.worker}" if self._numbered else track, kind, layer, expert, job.start, self.device.time,
+                     job.event.why)  # fmt: skip
 
     def _over(self, event: Moment) -> None:
         waiters, event.waiters, event.job, event.done = event.waiters, None, None, True
@@ -285,12 +335,24 @@ class Inline:
             if not event.done:
                 event.order(needed=False)
         for event in after:
-            if not event.done or event.error is not None:
-                event.order()
+            if not event.done:
+                self._device.thread.wait(event.order, event.why.stall, what)
+            elif event.error is not None:
+                raise event.error
         fn()
         self.busy_s += cost
-        self._device.spend(cost)
+        if self._device.thread.timeline is None:
+            self._device.spend(cost)
+        else:
+            self._followed(cost, what)
         return DONE
+
+    def _followed(self, cost: float, what: Key | None) -> None:
+        thread = self._device.thread
+        layer, expert = what or (thread.layer, NONE)
+        thread.turn(EXPERT if what is not None else COMBINE, layer, expert)
+        self._device.spend(cost)
+        thread.turn(SCHEDULE, layer)
 
     def close(self) -> None: ...
 
@@ -323,6 +385,7 @@ class ClockDevice:
         self.time = 0.0  # the host's, and what the streams have come to
         self._ends: list[tuple[float, int, Callable[..., Any], tuple[Any, ...]]] = []
         self._numbered = 0
+        self.thread = ModelThread(self.now)
         self.host = getcurrent()
         self.compute: Inline | Queued = Queued(self, launch_s) if asynchronous else Inline(self)
         self.copy = _road(self, "copy", link)
@@ -369,6 +432,13 @@ class ClockDevice:
         """What is computed next follows `event`: it does, the stream is in order."""
         if not isinstance(self.compute, Queued):
             event.wait()
+
+    def record(self, timeline: Timeline | None) -> None:
+        """Note what happens from now on in `timeline`, or in none."""
+        self.thread.record(timeline, MODEL if isinstance(self.compute, Queued) else COMPUTE)
+        for stream in (self.predict, self.copy, self.disk, self.compute):
+            if isinstance(stream, ClockStream):
+                stream.record(timeline)
 
     def free_bytes(self) -> int:
         return 1 << 62

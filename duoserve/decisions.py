@@ -1,5 +1,5 @@
-"""What a run decided by the clock: which copy was there in time, which guess could be withdrawn, when a ranking came. Notes the
-answers, or repeats noted ones, so that the same passes on another machine, or another clock, take the same slots and
+"""What a run decided by the clock: which copy was there in time, which guess could be withdrawn, when a ranking came. Notes
+the answers, or repeats noted ones, so that the same passes on another machine, or another clock, take the same slots and
 move the same bytes. Knows questions and answers; knows nothing of experts, streams or seconds. Imports no torch.
 
 Two threads ask, one at a time: every section behind the lock of the transfer begins with `tick`. A ranking made on the
