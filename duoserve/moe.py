@@ -194,8 +194,8 @@ class Runtime:
         return step.rows
 
     def _think(self, fn: Callable[[], None], layer: int, number: int, quick: bool) -> None:
-        """Make the ranking `number`, of a layer, on the predictor's stream, after what was computed so far; at once if that is
-        quick and a thread."""
+        """Make the ranking `number`, of a layer, on the predictor's stream, after what was computed so far; at once if
+        that is quick and a thread."""
         what = Key(layer, NONE)
         if not (quick and self.device.name == "cpu"):
             self.transfer.decisions.think(

@@ -23,18 +23,20 @@ from duoserve.timeline import Timeline
 from duoserve.transfer import Counts, HostTier
 
 __all__ = [
-    "Costs",
-    "Driver",
-    "Foreseeing",
-    "Link",
-    "Outcome",
-    "Pass",
-    "PassTime",
-    "Shape",
-    "Simulation",
-    "Slabs",
-    "passes",
-    "simulate",
+    *(
+        "Costs",
+        "Driver",
+        "Foreseeing",
+        "Link",
+        "Outcome",
+        "Pass",
+        "PassTime",
+        "Shape",
+        "Simulation",
+        "Slabs",
+        "counted",
+    ),
+    *("passes", "simulate"),
 ]
 
 
@@ -137,8 +139,7 @@ def simulate(
 
 
 class Driver:
-    """Takes passes with known routes through a runtime, of whatever device. `compute` lets so many seconds of the stock model
-    pass."""
+    """Takes passes with known routes through a runtime, of whatever device. `compute` takes a stock model's seconds."""
 
     def __init__(self, runtime: Runtime, costs: Costs, compute: Callable[[float], Any]):
         self.runtime, self.costs, self._compute = runtime, costs, compute
