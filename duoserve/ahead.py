@@ -12,7 +12,7 @@ costs nothing, since its slot still holds what it held.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from duoserve.benefit import Benefit
 from duoserve.cache import ExpertCache
 from duoserve.core import Key, Phase, Predictor, Step, When
 from duoserve.decisions import Decisions
+from duoserve.foresight import Foresight
 from duoserve.transfer import Transfer
 
 TIMED = 16  # rankings that are made at once, to see what one takes
@@ -51,8 +52,10 @@ def _likely(scores_E: torch.Tensor, most: int) -> list[int]:
     return [e for e, score in zip(order.tolist(), scores[order].tolist(), strict=True) if score > LIKELY]
 
 
-class Ahead:
+class Ahead(Foresight):
     """One predictor's guesses for the passes of one model. Its state is guarded by the transfer's lock."""
+
+    likely = LIKELY
 
     def __init__(
         self,
@@ -86,11 +89,6 @@ class Ahead:
     def _decisions(self) -> Decisions:
         return self._transfer.decisions
 
-    @property
-    def n_bytes(self) -> int:
-        """Of memory that the predictor holds on the device."""
-        return self.predictor.n_bytes if self.predictor is not None else 0
-
     def begin(self, step: Step) -> None:
         """A pass begins: decode passes of few rows are guessed for, while that pays."""
         self._drop()
@@ -104,14 +102,14 @@ class Ahead:
         if self._guessing and self._when(layer) is When.INPUT:
             self._ask(step, layer)
 
-    def spoken(self, step: Step | None, layer: int, needed: Collection[int]) -> None:
+    def spoken(self, step: Step | None, layer: int, tokens: Mapping[int, int]) -> None:
         """A layer's router has spoken, its route is noted: withdraw what else was guessed about it."""
         with self._transfer.lock:
-            began, withdrawn = self._transfer.settle(layer, needed)
+            began, withdrawn = self._transfer.settle(layer, tokens)
             if not self._guessing or step is None:
                 return
             self._learn(layer, began, withdrawn)
-        self._choices = max(1, len(needed))
+        self._choices = max(1, len(tokens))
         self._spoken = (step, layer)
 
     def ask(self) -> None:

@@ -1,5 +1,6 @@
-"""Which expert sits in which slot, and what each is worth keeping. Knows keys, slots and how often each key was wanted;
-knows nothing of bytes, streams or models, and decides nothing about what to fetch. One instance per tier.
+"""Which expert sits in which slot, and what each is worth keeping. Knows keys, slots and how often each key was wanted, or
+what it is told of their worth; knows nothing of bytes, streams or models, and decides nothing about what to fetch. One
+instance per tier.
 
 Worth is how often a layer's router chose the expert, older tokens counting less: aged by the layer's *own* tokens, not by
 accesses to the pool. A plain LRU pool smaller than one token's experts hits nothing, because it evicts just what the layers
@@ -20,6 +21,7 @@ import numpy as np
 from duoserve.core import Key
 
 DECAY = 0.9
+NOTHING = -1e18  # what an expert is worth that nobody will want again
 TIE = 1e-6  # per layer of distance: far less than any difference of worth that matters
 
 
@@ -28,6 +30,7 @@ class Keep(Enum):
 
     WORTH = "worth"  # the one worth least, as above
     RECENT = "recent"  # the one whose layer chose it longest ago (LRU), for comparison
+    TOLD = "told"  # the one worth least by what others foresee (`appraise`)
 
 
 class Slot:
@@ -92,6 +95,8 @@ class ExpertCache:
     def turn(self, layer: int, rows: int, chosen: Mapping[int, int]) -> None:
         """A layer's router has spoken for `rows` tokens: `chosen` is how many of them each expert got."""
         self._turn = layer
+        if self._keep is Keep.TOLD:
+            return
         worth = self._worth[self._first[layer] : self._first[layer + 1]]
         if self._keep is Keep.RECENT:
             self._turns += 1
@@ -103,16 +108,38 @@ class ExpertCache:
         for expert, n in chosen.items():
             worth[expert] += n * per_row
 
+    def appraise(self, worth: np.ndarray, experts: np.ndarray | slice = slice(None)) -> None:
+        """What experts are worth from now on, larger is better: all of them, layer by layer, or those at `experts`."""
+        self._worth[experts] = worth
+
+    def wanted(self) -> Key | None:
+        """The expert worth most of those that sit in no slot and are worth anything; None where there is none."""
+        worth = np.where(self._slot < 0, self._worth, NOTHING)
+        best = int(worth.argmax())
+        layer = int(self._layer[best])
+        return Key(layer, best - self._first[layer]) if worth[best] > NOTHING else None
+
+    def outranks(self, key: Key, slot: Slot) -> bool:
+        """Whether a key is worth more than what a slot holds."""
+        return slot.key is None or bool(self._worth[self._at(key)] > self._worth[self._at(slot.key)])
+
     def claim(self, key: Key, sparing: int | None = None) -> Slot | None:
         """A pinned slot for a key that has none, nothing of layer `sparing` evicted for it; None while there is none.
 
         The slot's `ready` and `released` are still those of its former life: the caller's write must wait for both.
         """
         slot = self.offer(sparing)
-        if slot is None:
-            return None
-        assert self._slot[self._at(key)] < 0, key
+        if slot is not None:
+            self.take(slot, key)
+        return slot
+
+    def take(self, slot: Slot, key: Key) -> None:
+        """Give a key this slot, pinned: one that was offered, or any that is not pinned."""
+        assert self._slot[self._at(key)] < 0 and slot.pins == 0, (key, slot)
         if slot.key is None:
+            if self._free[-1] is not slot:
+                self._free.remove(slot)
+                self._free.append(slot)
             self._free.pop()
         else:
             former = self._at(slot.key)
@@ -120,21 +147,31 @@ class ExpertCache:
             self.evictions += 1
         slot.key, slot.pins = key, 1
         self._slot[self._at(key)] = slot.index
-        return slot
 
     def offer(self, sparing: int | None = None) -> Slot | None:
         """The slot that `claim` would take: a free one, else that of the expert worth least."""
         if self._free:
             return self._free[-1]
-        ties = self._ties.get(self._turn)
-        if ties is None:
-            ties = self._ties[self._turn] = TIE * ((self._layer - self._turn - 1) % self._layers)
-        value = np.subtract(self._worth, ties, out=self._value)
-        value += self._shut
+        value = np.add(self._worth, self._shut, out=self._value)
+        if self._keep is not Keep.TOLD:
+            value -= self._tie()
         if sparing is not None:
             value[self._first[sparing] : self._first[sparing + 1]] = np.inf
         expert = value.argmin()
         return self.slots[self._slot[expert]] if value[expert] < np.inf else None
+
+    def least(self, worth: np.ndarray) -> Slot:
+        """A free slot, else that of the expert worth least by other figures than the pool's own; it may be pinned."""
+        if self._free:
+            return self._free[-1]
+        return self.slots[self._slot[int(np.where(self._slot >= 0, worth, np.inf).argmin())]]
+
+    def _tie(self) -> np.ndarray:
+        """What makes the layer that comes round last worth a little less."""
+        ties = self._ties.get(self._turn)
+        if ties is None:
+            ties = self._ties[self._turn] = TIE * ((self._layer - self._turn - 1) % self._layers)
+        return ties
 
     def pin(self, slot: Slot) -> None:
         assert slot.key is not None, slot

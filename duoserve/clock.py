@@ -127,9 +127,13 @@ class ClockStream:
         self._idle = list(range(workers))[::-1]
         self._numbered = workers > 1
         self._timeline: Timeline | None = None
-        self._busy_since = 0.0
-        self.busy_s = 0.0  # seconds with at least one job running
+        self._busy_since = self._busy_s = 0.0
         self.cost_done: float = 0
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds with at least one job running."""
+        return self._busy_s + (self.device.time - self._busy_since if self._active else 0.0)
 
     def submit(
         self,
@@ -227,7 +231,7 @@ class ClockStream:
             self._add(self._timeline, job)
         self.cost_done += job.cost
         if self._active == 0:
-            self.busy_s += self.device.time - self._busy_since
+            self._busy_s += self.device.time - self._busy_since
         self._over(job.event)
 
     def _add(self, timeline: Timeline, job: _Job) -> None:

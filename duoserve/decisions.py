@@ -78,8 +78,8 @@ class Repeating(Decisions):
 
     @property
     def over(self) -> bool:
-        """Whether all that was noted was asked again."""
-        return not self._answers and not self._rankings
+        """Whether all that was noted was asked again, but for rankings that came behind the end."""
+        return not self._answers and all(ranked.ticks >= self._ticks for ranked in self._rankings)
 
     def tick(self) -> None:
         while self._rankings and self._rankings[0].ticks == self._ticks and self._rankings[0].number in self._held:

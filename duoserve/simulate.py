@@ -17,6 +17,7 @@ from duoserve.clock import ClockDevice, Link
 from duoserve.core import Key, Phase, Policy, Predictor, Route, Step, When
 from duoserve.decisions import Decisions
 from duoserve.device import Device
+from duoserve.future import Future
 from duoserve.moe import Runtime, Work, open_runtime
 from duoserve.store import Store
 from duoserve.timeline import Timeline
@@ -126,12 +127,15 @@ def simulate(
     asynchronous: bool = False,
     decisions: Decisions | None = None,
     timeline: Timeline | None = None,
+    future: Future | None = None,
 ) -> Outcome:
     """Run the passes one after the other. `always`: guess also where it is not measured to pay. `decisions`: those of a
-    recorded run, to be repeated."""
+    recorded run, to be repeated. `future`: what the passes choose, for a policy that knows it."""
     simulation = Simulation(shape, costs, link, policy, disk=disk, predictor=predictor, always=always,
                             asynchronous=asynchronous, decisions=decisions)  # fmt: skip
     simulation.runtime.record(timeline)
+    if future is not None:
+        simulation.runtime.foresee(future)
     for one in passes:
         simulation.run(one)
     simulation.runtime.record(None)

@@ -45,6 +45,17 @@ class Counts(NamedTuple):
     wrong: int = 0
 
 
+class Manners(NamedTuple):
+    """How guesses behave towards others."""
+
+    waits: bool = False  # for the slot's last reader and former copy; else a slot that has any is not taken
+    stays: bool = False  # it is copied even where the router has spoken against it, or a need wants its slot
+    trades: bool = False  # takes only what is worth less, of whatever layer; else anything but of its own layer
+
+
+POLITE = Manners()
+
+
 class Guess(NamedTuple):
     """A slot that is being filled unasked, and what it held before."""
 
@@ -65,8 +76,10 @@ class Transfer:
         cache: ExpertCache,
         host: HostTier | None = None,
         scratch: Scratch | None = None,
+        manners: Manners = POLITE,
     ):
         self.device, self.store, self.cache, self.host, self.scratch = device, store, cache, host, scratch
+        self.manners = manners
         self.slab_bytes = store.slab_bytes
         self.memory = device.arena(len(cache.slots) * self.slab_bytes)
         self._weights: dict[tuple[int, int], dict[str, Weight | torch.Tensor]] = {}
@@ -100,42 +113,56 @@ class Transfer:
         """Start filling a claimed slot with its key's slab; returns it with `ready` set."""
         key, into = slot.key, self.slab(slot)
         assert key is not None, slot
-        if slot.ready is not None:
-            # a guess gives way to this need, if nobody started it
-            self.guesses -= self.decisions.cancelled(self.device.copy, slot.ready)
+        self._take_back(slot)
         former = slot.released if slot.ready is None else (*slot.released, slot.ready)
         cost = self.store.layout(key.layer).slab_bytes
         if self.host is None:
             slot.ready = self.device.copy.submit(lambda: self.store.read_into(key, into), (), former, lane, cost, key)
         else:
             slot.ready = self.host.send(key, into[:cost], former, lane)
-        slot.released = ()
+        slot.released = tuple(event for event in former if not event.done)  # should this copy be taken back
         return slot
 
-    def guess(self, key: Key) -> Slot | None:
-        """Fetch ahead, but never before a need, never waiting for a reader, never evicting what the same layer needs, nor
-        another guess that is on its way.
+    def _take_back(self, slot: Slot) -> bool:
+        """The guess that was to fill the slot gives way, if nobody began it; then the slot holds nothing."""
+        if slot.ready is None or self.manners.stays or not self.decisions.cancelled(self.device.copy, slot.ready):
+            return False
+        self.guesses -= 1
+        return True
 
-        None where that leaves no slot. The slot is left unpinned: a demand may take it back.
+    def guess(self, key: Key, over: Slot | None = None) -> Slot | None:
+        """Fetch ahead, but never before a need, never evicting what the same layer needs or, where guesses trade, what is
+        worth more, and, unless they wait, never waiting for a reader nor evicting another guess that is on its way.
+
+        None where that leaves no slot. The slot is left unpinned: a demand may take it back. `over`: take this one.
         """
+        sparing = None if self.manners.trades else key.layer
         with self.lock:
             self.decisions.tick()
             if self.waiting:
                 return None
-            offer = self.cache.offer(sparing=key.layer)
-            if offer is None:
+            offer = over or self.cache.offer(sparing)
+            if offer is None or not (self.manners.waits or self.decisions.said("free", _idle(offer))):
                 return None
-            free = all(event.done for event in (*offer.released, offer.ready or DONE))
-            if not self.decisions.said("free", free):
+            if over is None and self.manners.trades and not self.cache.outranks(key, offer):
                 return None
-            former = (offer.key, offer.ready, offer.released)
-            slot = self.cache.claim(key, sparing=key.layer)
-            assert slot is offer, (slot, offer)
+            former = (None if self._take_back(offer) else offer.key, offer.ready, offer.released)
+            self.cache.take(offer, key)
             self.guesses += 1
-            self.fetch(slot, Lane.AHEAD)
-            self.cache.unpin(slot)
-            self._guessed[key] = Guess(slot, slot.ready, *former)
-            return slot
+            self.fetch(offer, Lane.AHEAD)
+            self.cache.unpin(offer)
+            self._guessed[key] = Guess(offer, offer.ready, *former)
+            return offer
+
+    def met(self, layer: int, needed: Collection[int]) -> None:
+        """A layer's router has spoken: what was guessed and is needed has come true; the rest may be meant for later."""
+        with self.lock:
+            self.decisions.tick()
+            for expert in needed:
+                guess = self._guessed.pop(key := Key(layer, expert), None)
+                if guess is not None and guess.slot.key == key and guess.slot.ready is guess.copy:
+                    done = self.decisions.said("ready", guess.copy.done)
+                    self.ready, self.late = self.ready + done, self.late + (not done)
 
     def settle(self, layer: int | None, needed: Collection[int]) -> tuple[int, int]:
         """A layer's router has spoken (None: the pass is over): withdraw guesses about it that are not needed and that
@@ -154,7 +181,7 @@ class Transfer:
                         guess.copy.why.said = READY
                     self.ready, self.late = self.ready + done, self.late + (not done)
                     began += done or not self.decisions.said("queued", self.device.copy.queued(guess.copy))
-                elif self.decisions.cancelled(self.device.copy, guess.copy):
+                elif not self.manners.stays and self.decisions.cancelled(self.device.copy, guess.copy):
                     self.cache.restore(guess.slot, guess.former, guess.ready, guess.released)
                     self.guesses -= 1
                     withdrawn += 1
@@ -171,11 +198,11 @@ class Transfer:
                 if key not in self.cache:
                     self.host.read_ahead(key)
 
-    def through(self, keys: list[Key]) -> Iterator[Slot]:
+    def through(self, keys: list[Key], at_once: int | None = None) -> Iterator[Slot]:
         """Bring the experts of one layer past the compute: yields each key's slot, pinned, resident ones first.
 
-        Fetches as many at a time as there are slots. The caller submits its compute after `slot.ready` and hands the
-        slot back with `release` before it asks for the next.
+        Fetches as many at a time as there are slots, or `at_once`. The caller submits its compute after `slot.ready` and
+        hands the slot back with `release` before it asks for the next.
         """
         resident: deque[Slot] = deque()
         arriving: deque[Slot] = deque()
@@ -199,7 +226,10 @@ class Transfer:
         short = False  # of slots
         try:
             while resident or arriving or absent:
-                while absent and (slot := self._demand(absent[0], short)) is not None:
+                while absent and (at_once is None or len(arriving) < at_once):
+                    slot = self._demand(absent[0], short)
+                    if slot is None:
+                        break
                     absent.popleft()
                     arriving.append(slot)
                 short = True
@@ -331,10 +361,7 @@ class HostTier:
             if self.cache.lookup(key) is not None:
                 return
             offer = self.cache.offer()
-            if offer is None:
-                return
-            free = all(event.done for event in (*offer.released, offer.ready or DONE))
-            if not self.decisions.said("free to read", free):
+            if offer is None or not self.decisions.said("free to read", _idle(offer)):
                 return
             slot = self._read(key, Lane.AHEAD)
             self.reads_ahead += 1
@@ -361,6 +388,11 @@ class HostTier:
 
     def _slab(self, slot: Slot) -> torch.Tensor:
         return self.memory[slot.index * self.slab_bytes : (slot.index + 1) * self.slab_bytes]
+
+
+def _idle(slot: Slot) -> bool:
+    """Whether nobody reads or fills it."""
+    return all(event.done for event in slot.released) and (slot.ready is None or slot.ready.done)
 
 
 def _whole(cache: ExpertCache, key: Key) -> Slot | None:

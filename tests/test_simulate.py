@@ -15,6 +15,7 @@ from guessers import Dice
 from duoserve.core import Key, Phase, Policy
 from duoserve.decisions import Noting, Repeating
 from duoserve.device import ThreadDevice
+from duoserve.future import Future
 from duoserve.moe import open_runtime
 from duoserve.simulate import Driver, Foreseeing, Link, Pass, Shape, Simulation, Slabs, counted, simulate
 from duoserve.timeline import Timeline
@@ -126,6 +127,23 @@ def test_a_run_on_threads_is_repeated_to_the_byte(shape: Shape, guesser: Any) ->
         assert repeating.over
 
 
+@pytest.mark.parametrize("policy", [Policy.LFP, Policy.PAPER, Policy.MIF, Policy.BELADY])
+def test_every_policy_is_repeated_to_the_byte(policy: Policy) -> None:
+    passes, noting = recorded(), Noting()
+    threads = OnThreads(policy, SHAPE, 1e-3, Dice(EXPERTS) if policy is Policy.PAPER else None, noting)
+    future = Future(SHAPE.experts, [one.chosen for one in passes])
+    if policy is Policy.BELADY:
+        threads.runtime.foresee(future)
+    real = threads.all(passes)
+    repeating = Repeating(noting.answers, noting.rankings)
+    simulation = Simulation(SHAPE, Stated(), Link(1e8), policy, always=True, decisions=repeating,
+                            predictor=Dice(EXPERTS) if policy is Policy.PAPER else None)  # fmt: skip
+    if policy is Policy.BELADY:
+        simulation.runtime.foresee(future)
+    assert settled(simulation, passes) == real and real[0].guesses > 0
+    assert repeating.over
+
+
 def test_without_a_recording_guesses_depend_on_the_clock() -> None:
     """So that the test above can fail."""
     passes = recorded()
@@ -159,7 +177,9 @@ def test_on_demand_takes_the_sum_of_its_parts() -> None:
 @pytest.mark.parametrize("policy", list(Policy))
 def test_no_run_is_quicker_than_its_link_or_its_compute(policy: Policy) -> None:
     passes, costs = recorded(), Stated()
-    found = simulate(SHAPE, costs, Link(2e9), policy, passes, predictor=Foreseeing(passes, SHAPE.experts), always=True)
+    asks = policy in (Policy.DUOSERVE, Policy.PAPER, Policy.MIF)
+    foreseeing = Foreseeing(passes, SHAPE.experts) if asks else None
+    found = simulate(SHAPE, costs, Link(2e9), policy, passes, predictor=foreseeing, always=True)
     compute = len(passes) * (LAYERS + 1) * costs.trunk + found.accesses * costs.expert
     assert found.total_s >= max(compute, found.link_busy_s) and found.link_busy_s >= found.moved_bytes / 2e9 - 1e-9
 
@@ -180,3 +200,39 @@ def test_busy_and_stalled_make_up_the_time_of_the_model() -> None:
     assert sum(span.end - span.start for span in spans) == pytest.approx(found.total_s)
     stalled = sum(span.end - span.start for span in spans if span.kind == "stall")
     assert stalled == pytest.approx(sum(found.stalls.values())) and stalled > 0
+
+
+def fewest_misses(passes: list[Pass], slots: int) -> int:
+    """Of a pool that knows the future (Belady, MIN): what is wanted last goes first. Written anew, as a check."""
+    turns = [[(layer, e) for e in one] for p in passes for layer, one in enumerate(p.chosen)]
+    uses: dict[tuple[int, int], list[int]] = {}
+    for turn, keys in enumerate(turns):
+        for key in keys:
+            uses.setdefault(key, []).append(turn)
+    held: set[tuple[int, int]] = set()
+    missed = 0
+    for keys in turns:
+        for key in keys:
+            uses[key].pop(0)
+        for key in keys:
+            if key not in held:
+                missed += 1
+                if len(held) == slots:
+                    others = held - set(keys)
+                    held.remove(max(others, key=lambda k: uses[k][0] if uses[k] else len(turns)))
+                held.add(key)
+    return missed
+
+
+@pytest.mark.parametrize("slots", [10, 32, 60])
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_who_knows_the_future_reaches_the_limit_of_the_link(slots: int, asynchronous: bool) -> None:
+    """With a device that computes in no time, the fewest bytes that can be moved take as long as the link needs for them."""
+    passes = recorded(prompt=1, tokens=150)
+    shape, costs, link = Shape(SHAPE.experts, SHAPE.slab_bytes, slots), Stated(0.0, 0.0, 0.0), Link(1e9)
+    limit = fewest_misses(passes, slots) * SLAB / 1e9
+    future = Future(shape.experts, [one.chosen for one in passes])
+    found = simulate(shape, costs, link, Policy.BELADY, passes, asynchronous=asynchronous, future=future)
+    assert limit * (1 - 1e-9) <= found.total_s <= 1.03 * limit
+    lru = simulate(shape, costs, link, Policy.LRU, passes, asynchronous=asynchronous)
+    assert lru.total_s > 1.2 * found.total_s

@@ -14,12 +14,15 @@ FLOORS = {
     0: {
         *("version", "core", "config", "device", "native", "int4", "codec", "checkpoint", "folder", "published"),
         *("hub", "sizing", "durable", "headers", "attention", "routers", "benefit", "system", "sampling", "stopping"),
-        *("timeline", "decisions"),
+        *("timeline", "decisions", "foresight", "future"),
     },
     1: {"store", "cache", "clock", "experts", "trunk", "manifest", "shelf", "runfile"},
     2: {"convert", "transfer", "profile", "lanes"},
-    3: {"prefill", "decode", "ahead", "estimate", "chrometrace", "picture"},
-    4: {"moe"},
+    3: {
+        *("prefill", "decode", "ahead", "wholelayer", "paper", "activation", "sighted", "estimate"),
+        *("chrometrace", "picture"),
+    },
+    4: {"moe", "policies"},
     5: {"plan", "simulate", "together"},
     6: {"model", "needs"},
     7: {"engine"},
@@ -33,6 +36,11 @@ ROOF = {"opening", "tracing", "learning", "cli"}  # these alone put what learns 
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 SIDE_BY_SIDE = {
     ("config", "core"),
+    ("foresight", "core"),
+    ("foresight", "future"),
+    ("future", "core"),
+    ("paper", "ahead"),
+    ("moe", "policies"),
     ("decode", "ahead"),
     ("device", "core"),
     ("device", "timeline"),
