@@ -274,8 +274,9 @@ def _strong(found: dict[tuple[str, str, str], dict[str, Times]]) -> list[str]:
 def _memory(found: dict[tuple[str, str, str], dict[str, Times]]) -> list[str]:
     lines = [
         "Peak memory: trunk, slots and predictor; keys, values and scratch apart. What DuoServe takes more is its "
-        "predictor, whose 0.3 GB are the paper's own figure: the slots are equal, so this row is "
-        "arithmetic. Absolute sizes do not compare: the paper seems to leave out embeddings for two models and to keep Mixtral's attention wider than four bits.",
+        "predictor, whose 0.3 GB are the paper's own figure: the slots are equal, so this row is arithmetic. Absolute "
+        "sizes do not compare: the paper seems to leave out embeddings for two models and to keep Mixtral's attention "
+        "wider than four bits.",
         "",
         "| model | paper: on-demand, DuoServe, more (GB) | ours: on-demand, DuoServe, more (GB) | verdict |",
         "|---|---:|---:|---|",

@@ -36,7 +36,7 @@ class Activation(Foresight):
         cache: ExpertCache,
         transfer: Transfer,
         experts_per_layer: list[int],
-        think: Callable[[Callable[[], None], bool], Event],
+        think: Callable[[Callable[[], None], int, int, bool], object],
     ):
         self._cache, self._transfer, self._experts, self._think = cache, transfer, experts_per_layer, think
         self._first = np.cumsum([0, *experts_per_layer])
@@ -49,6 +49,7 @@ class Activation(Foresight):
         self._spoken: tuple[Step, int] | None = None
         self._under_way: deque[Event] = deque()
         self.error: str | None = None
+        self._asked = 0  # times that the predictor was
 
     def use(self, predictor: Predictor | None, always: bool) -> None:
         """It is asked about every layer of every pass from the next on, whether that pays or not."""
@@ -74,12 +75,14 @@ class Activation(Foresight):
     def ask(self) -> None:
         if self._spoken is not None and self.predictor is not None:
             step, layer = self._spoken
-            self._think(lambda: self._rank(step, layer), False)
+            self._asked += 1
+            self._think(lambda: self._rank(step, layer), layer + 1, self._asked, False)
         self._spoken = None
         self.push()
 
     def push(self) -> None:
-        while self._under_way and self._under_way[0].done:
+        said = self._transfer.decisions.said
+        while self._under_way and said("arrived", self._under_way[0].done):
             self._under_way.popleft()
         with self._transfer.lock:
             while len(self._under_way) < AT_ONCE:

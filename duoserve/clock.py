@@ -27,6 +27,34 @@ from greenlet import getcurrent, greenlet
 
 from duoserve.core import Key, Lane
 from duoserve.device import DONE, Event
+from duoserve.timeline import (
+    AHEAD,
+    COMBINE,
+    COMPUTE,
+    COPY,
+    DEMAND,
+    DISK,
+    EXPERT,
+    GUESS,
+    IN_FLIGHT,
+    MODEL,
+    NONE,
+    PREDICTOR,
+    RANK,
+    READ,
+    SCHEDULE,
+    ModelThread,
+    Timeline,
+    Why,
+)  # fmt: skip
+
+_TRACKS = {
+    "copy": (DEMAND, AHEAD),
+    "disk": (DISK, DISK),
+    "predict": (PREDICTOR, PREDICTOR),
+    "compute": (COMPUTE, COMPUTE),
+}
+_KINDS = {"copy": COPY, "disk": READ, "predict": RANK}
 
 
 @dataclass(frozen=True)
@@ -46,14 +74,15 @@ class Link:
 class Moment:
     """Something that will have happened on a virtual machine: `device.Event` without threads."""
 
-    __slots__ = ("_device", "done", "end", "error", "job", "waiters")
+    __slots__ = ("_device", "cost", "done", "error", "job", "waiters", "why")
 
-    def __init__(self, device: ClockDevice, job: _Job | None = None):
-        self._device, self.job = device, job
+    def __init__(self, device: ClockDevice, job: _Job):
+        self._device, self.cost = device, job.cost
+        self.job: _Job | None = job  # until it is over
         self.done = False
-        self.end: float | None = None
+        self.why = Why(GUESS if job.lane is Lane.AHEAD else DEMAND)
         self.error: BaseException | None = None
-        self.waiters: list[_Job] = []
+        self.waiters: list[_Job] | None = []
 
     @property
     def issued(self) -> bool:
@@ -73,19 +102,16 @@ class Moment:
         if needed and self.error is not None:
             raise self.error
 
-    def set(self, mark: Any = None, error: BaseException | None = None) -> None:
-        self.done, self.error = True, error
-        self.end = self._device.now()
-
 
 class _Job:
-    __slots__ = ("after", "cost", "event", "fn", "lane", "pending", "start", "stream", "what")
+    __slots__ = ("after", "cost", "event", "fn", "lane", "pending", "start", "stream", "what", "worker")
 
     def __init__(self, stream: ClockStream, fn: Callable[[], Any], after: tuple[Any, ...], lane: Lane, cost: float,
                  what: Key | None):  # fmt: skip
         self.stream, self.fn, self.after, self.lane, self.cost, self.what = stream, fn, after, lane, cost, what
         self.event = Moment(stream.device, self)
         self.pending = 0  # of the events it waits for
+        self.worker = 0
         self.start: float | None = None
 
 
@@ -98,9 +124,16 @@ class ClockStream:
         self._demand: deque[_Job] = deque()
         self._ahead: deque[_Job] = deque()
         self._active = 0
-        self._busy_since = 0.0
-        self.busy_s = 0.0  # seconds with at least one job running
+        self._idle = list(range(workers))[::-1]
+        self._numbered = workers > 1
+        self._timeline: Timeline | None = None
+        self._busy_since = self._busy_s = 0.0
         self.cost_done: float = 0
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds with at least one job running."""
+        return self._busy_s + (self.device.time - self._busy_since if self._active else 0.0)
 
     def submit(
         self,
@@ -136,6 +169,8 @@ class ClockStream:
 
     def promote(self, event: Any) -> None:
         """A guess turned out to be needed: move its job, if still queued, to the DEMAND lane."""
+        if event.why.said == GUESS and not event.done:
+            event.why.said = IN_FLIGHT
         if self.queued(event):
             self._ahead.remove(event.job)
             event.job.lane = Lane.DEMAND
@@ -146,8 +181,13 @@ class ClockStream:
         if self.cancel(event):
             return
         if event.done:
-            self.cost_done -= event.job.cost
-        event.job.cost = 0
+            self.cost_done -= event.cost
+        else:
+            event.job.cost = 0
+
+    def record(self, timeline: Timeline | None) -> None:
+        """Note jobs that end from now on in `timeline`."""
+        self._timeline = timeline
 
     def close(self) -> None: ...
 
@@ -157,7 +197,7 @@ class ClockStream:
             if self._active == 0:
                 self._busy_since = self.device.time
             self._active += 1
-            job.start = self.device.time
+            job.start, job.worker = self.device.time, self._idle.pop()
             self._begin(job)
 
     def _next(self) -> _Job | None:
@@ -174,7 +214,7 @@ class ClockStream:
 
     def _begin(self, job: _Job) -> None:
         """Say when it will be over."""
-        self.device.at(self.device.time + job.cost, lambda: self.finish(job))
+        self.device.at(self.device.time + job.cost, self.finish, job)
 
     def finish(self, job: _Job) -> None:
         """The job is over now: do what it does, and let others begin."""
@@ -186,20 +226,32 @@ class ClockStream:
         except BaseException as raised:  # handed to whoever waits for the event
             job.event.error = raised
         self._active -= 1
+        self._idle.append(job.worker)
+        if self._timeline is not None:
+            self._add(self._timeline, job)
         self.cost_done += job.cost
         if self._active == 0:
-            self.busy_s += self.device.time - self._busy_since
+            self._busy_s += self.device.time - self._busy_since
         self._over(job.event)
 
+    def _add(self, timeline: Timeline, job: _Job) -> None:
+        assert job.start is not None, job.what
+        layer, expert = job.what or (NONE, NONE)
+        track = _TRACKS[self.name][job.lane]
+        kind = _KINDS.get(self.name) or (COMBINE if job.what is None else EXPERT)
+        timeline.add(f"{track} {job.worker}" if self._numbered else track, kind, layer, expert, job.start, self.device.time,
+                     job.event.why)  # fmt: skip
+
     def _over(self, event: Moment) -> None:
-        event.done, event.end = True, self.device.time
+        waiters, event.waiters, event.job, event.done = event.waiters, None, None, True
         streams = [self]
-        for job in event.waiters:
+        for job in waiters or ():
             job.pending -= 1
             if job.pending == 0 and job.stream not in streams:
                 streams.append(job.stream)
         for stream in streams:
-            stream.start()
+            if stream._demand or stream._ahead:
+                stream.start()
 
 
 class Wire(ClockStream):
@@ -211,7 +263,7 @@ class Wire(ClockStream):
 
     def _begin(self, job: _Job) -> None:
         self._free_at = max(self._free_at, self.device.time) + job.cost / self._link.bytes_per_s
-        self.device.at(self._free_at + self._link.latency_s, lambda: self.finish(job))
+        self.device.at(self._free_at + self._link.latency_s, self.finish, job)
 
 
 class Shared(ClockStream):
@@ -226,7 +278,7 @@ class Shared(ClockStream):
         self._turn = 0  # which of the ends foreseen is still foreseen
 
     def _begin(self, job: _Job) -> None:
-        self.device.at(self.device.time + self._latency_s, lambda: self._join(job))
+        self.device.at(self.device.time + self._latency_s, self._join, job)
 
     def _join(self, job: _Job) -> None:
         self._progress()
@@ -248,7 +300,7 @@ class Shared(ClockStream):
         if self._left:
             turn, job = self._turn, min(self._left, key=lambda j: self._left[j])
             at = self.device.time + max(0.0, self._left[job]) / self._rate()
-            self.device.at(at, lambda: self._end(job, turn))
+            self.device.at(at, self._end, job, turn)
 
     def _end(self, job: _Job, turn: int) -> None:
         if turn != self._turn:
@@ -287,12 +339,24 @@ class Inline:
             if not event.done:
                 event.order(needed=False)
         for event in after:
-            if not event.done or event.error is not None:
-                event.order()
+            if not event.done:
+                self._device.thread.wait(event.order, event.why.stall, what)
+            elif event.error is not None:
+                raise event.error
         fn()
         self.busy_s += cost
-        self._device.spend(cost)
+        if self._device.thread.timeline is None:
+            self._device.spend(cost)
+        else:
+            self._followed(cost, what)
         return DONE
+
+    def _followed(self, cost: float, what: Key | None) -> None:
+        thread = self._device.thread
+        layer, expert = what or (thread.layer, NONE)
+        thread.turn(EXPERT if what is not None else COMBINE, layer, expert)
+        self._device.spend(cost)
+        thread.turn(SCHEDULE, layer)
 
     def close(self) -> None: ...
 
@@ -323,8 +387,9 @@ class ClockDevice:
     def __init__(self, link: Link, disk: Link | None = None, asynchronous: bool = False, launch_s: float = 0.0):
         self.name = "clock" if asynchronous else "cpu"
         self.time = 0.0  # the host's, and what the streams have come to
-        self._ends: list[tuple[float, int, Callable[[], Any]]] = []
+        self._ends: list[tuple[float, int, Callable[..., Any], tuple[Any, ...]]] = []
         self._numbered = 0
+        self.thread = ModelThread(self.now)
         self.host = getcurrent()
         self.compute: Inline | Queued = Queued(self, launch_s) if asynchronous else Inline(self)
         self.copy = _road(self, "copy", link)
@@ -350,10 +415,10 @@ class ClockDevice:
             assert self._ends, "nothing that runs leads to the event"
             self._step()
 
-    def at(self, time: float, fn: Callable[[], Any]) -> None:
-        """Do `fn` at `time`; of equal times in the order of asking."""
+    def at(self, time: float, fn: Callable[..., Any], *args: Any) -> None:
+        """Call `fn` at `time`; of equal times in the order of asking."""
         self._numbered += 1
-        heappush(self._ends, (time, self._numbered, fn))
+        heappush(self._ends, (time, self._numbered, fn, args))
 
     def arena(self, n_bytes: int) -> torch.Tensor:
         """Memory without bytes; slices of it are empty."""
@@ -372,6 +437,13 @@ class ClockDevice:
         if not isinstance(self.compute, Queued):
             event.wait()
 
+    def record(self, timeline: Timeline | None) -> None:
+        """Note what happens from now on in `timeline`, or in none."""
+        self.thread.record(timeline, MODEL if isinstance(self.compute, Queued) else COMPUTE)
+        for stream in (self.predict, self.copy, self.disk, self.compute):
+            if isinstance(stream, ClockStream):
+                stream.record(timeline)
+
     def free_bytes(self) -> int:
         return 1 << 62
 
@@ -386,9 +458,9 @@ class ClockDevice:
         self.time = max(self.time, until)
 
     def _step(self) -> None:
-        time, _, fn = heappop(self._ends)
+        time, _, fn, args = heappop(self._ends)
         self.time = max(self.time, time)
-        fn()
+        fn(*args)
 
 
 def _road(device: ClockDevice, name: str, link: Link) -> Wire | Shared:

@@ -22,9 +22,11 @@ import torch
 from duoserve.cache import ExpertCache, Slot
 from duoserve.codec import Weight
 from duoserve.core import Key, Lane
+from duoserve.decisions import Decisions
 from duoserve.device import DONE, Device, Event, host_arena
 from duoserve.int4 import Scratch
 from duoserve.store import Store
+from duoserve.timeline import READY, SLOT, WRONG
 
 
 class Counts(NamedTuple):
@@ -86,6 +88,13 @@ class Transfer:
         self.ready = self.late = self.wrong = 0
         self._guessed: dict[Key, Guess] = {}  # until the layer's router speaks
         self.waiting = 0  # experts of the running layer that have no slot yet
+        self.decisions = Decisions()
+
+    def decide(self, decisions: Decisions) -> None:
+        """Ask these what the clock would say from now on."""
+        self.decisions = decisions
+        if self.host is not None:
+            self.host.decisions = decisions
 
     def slab(self, slot: Slot) -> torch.Tensor:
         """The slot's memory, (slab_bytes,) uint8 on the device."""
@@ -116,7 +125,7 @@ class Transfer:
 
     def _take_back(self, slot: Slot) -> bool:
         """The guess that was to fill the slot gives way, if nobody began it; then the slot holds nothing."""
-        if slot.ready is None or self.manners.stays or not self.device.copy.cancel(slot.ready):
+        if slot.ready is None or self.manners.stays or not self.decisions.cancelled(self.device.copy, slot.ready):
             return False
         self.guesses -= 1
         return True
@@ -129,10 +138,11 @@ class Transfer:
         """
         sparing = None if self.manners.trades else key.layer
         with self.lock:
+            self.decisions.tick()
             if self.waiting:
                 return None
             offer = over or self.cache.offer(sparing)
-            if offer is None or not (self.manners.waits or _idle(offer)):
+            if offer is None or not (self.manners.waits or self.decisions.said("free", _idle(offer))):
                 return None
             if over is None and self.manners.trades and not self.cache.outranks(key, offer):
                 return None
@@ -147,10 +157,11 @@ class Transfer:
     def met(self, layer: int, needed: Collection[int]) -> None:
         """A layer's router has spoken: what was guessed and is needed has come true; the rest may be meant for later."""
         with self.lock:
+            self.decisions.tick()
             for expert in needed:
                 guess = self._guessed.pop(key := Key(layer, expert), None)
                 if guess is not None and guess.slot.key == key and guess.slot.ready is guess.copy:
-                    done = guess.copy.done
+                    done = self.decisions.said("ready", guess.copy.done)
                     self.ready, self.late = self.ready + done, self.late + (not done)
 
     def settle(self, layer: int | None, needed: Collection[int]) -> tuple[int, int]:
@@ -159,19 +170,23 @@ class Transfer:
         """
         began = withdrawn = 0
         with self.lock:
+            self.decisions.tick()
             for key in [key for key in self._guessed if layer is None or key.layer == layer]:
                 guess = self._guessed.pop(key)
                 if guess.slot.key != key or guess.slot.ready is not guess.copy:
                     withdrawn += 1  # a need took its slot
                 elif layer is not None and key.expert in needed:
-                    done = guess.copy.done
+                    done = self.decisions.said("ready", guess.copy.done)
+                    if done:
+                        guess.copy.why.said = READY
                     self.ready, self.late = self.ready + done, self.late + (not done)
-                    began += done or not self.device.copy.queued(guess.copy)
-                elif not self.manners.stays and self.device.copy.cancel(guess.copy):
+                    began += done or not self.decisions.said("queued", self.device.copy.queued(guess.copy))
+                elif not self.manners.stays and self.decisions.cancelled(self.device.copy, guess.copy):
                     self.cache.restore(guess.slot, guess.former, guess.ready, guess.released)
                     self.guesses -= 1
                     withdrawn += 1
                 else:
+                    guess.copy.why.said = WRONG
                     self.wrong += 1
                     began += 1
         return began, withdrawn
@@ -193,13 +208,14 @@ class Transfer:
         arriving: deque[Slot] = deque()
         absent: deque[Key] = deque()
         with self.lock:
+            self.decisions.tick()
             for key in keys:
                 slot = _whole(self.cache, key)
                 if slot is None:
                     absent.append(key)
                     continue
                 self.cache.pin(slot)
-                if slot.ready.done:
+                if self.decisions.said("resident", slot.ready.done):
                     resident.append(slot)
                 else:
                     self._hurry(slot)
@@ -207,14 +223,16 @@ class Transfer:
             self.waiting = len(absent)
         self.hits, self.in_flight = self.hits + len(resident), self.in_flight + len(arriving)
         self.misses += len(absent)
+        short = False  # of slots
         try:
             while resident or arriving or absent:
                 while absent and (at_once is None or len(arriving) < at_once):
-                    slot = self._demand(absent[0])
+                    slot = self._demand(absent[0], short)
                     if slot is None:
                         break
                     absent.popleft()
                     arriving.append(slot)
+                short = True
                 assert resident or arriving, f"no slot is free for {absent[0]} and none will be"
                 yield (resident or arriving).popleft()
         finally:  # an error above leaves nothing pinned
@@ -222,19 +240,23 @@ class Transfer:
             for slot in (*resident, *arriving):
                 self.abandon(slot)
 
-    def _demand(self, key: Key) -> Slot | None:
-        """A slot that is being filled with what is needed now; None while all are in use."""
+    def _demand(self, key: Key, short: bool) -> Slot | None:
+        """A slot that is being filled with what is needed now; None while all are in use. `short`: it waited for one."""
         with self.lock:
+            self.decisions.tick()
             slot = self.cache.claim(key)
             if slot is not None:
                 self.waiting -= 1
                 self.fetch(slot, Lane.DEMAND)
+                if short:
+                    slot.ready.why.said = SLOT
             return slot
 
     def one_by_one(self, keys: list[Key]) -> Iterator[Slot]:
         """The same without any overlap (synchronous on-demand): an absent expert is fetched and waited for in its turn."""
         for key in keys:
             with self.lock:
+                self.decisions.tick()
                 slot = _whole(self.cache, key)
                 if slot is None:
                     self.misses += 1
@@ -245,11 +267,18 @@ class Transfer:
                     self.hits += 1
                     self.cache.pin(slot)
             try:
-                slot.ready.wait()
+                self._await(slot)
             except BaseException:
                 self.abandon(slot)
                 raise
             yield slot
+
+    def _await(self, slot: Slot) -> None:
+        """The model's thread waits for a copy; raises what that raised."""
+        if slot.ready.done:
+            slot.ready.wait()
+        else:
+            self.device.thread.wait(slot.ready.wait, slot.ready.why.stall, slot.key)
 
     def _hurry(self, slot: Slot) -> None:
         """A guess turned out to be needed: it is a demand now, on the way from the disk as well."""
@@ -260,17 +289,20 @@ class Transfer:
     def release(self, slot: Slot, read: Event) -> None:
         """The work behind `read` was the slot's last reader for now."""
         with self.lock:
+            self.decisions.tick()
             slot.released = (read,)
             self.cache.unpin(slot)
 
     def abandon(self, slot: Slot) -> None:
         """Nobody will read it now: hand the slot back."""
         with self.lock:
+            self.decisions.tick()
             self.cache.unpin(slot)
 
     def turn(self, layer: int, rows: int, chosen: dict[int, int]) -> None:
         """A layer's router has spoken: what the pool keeps follows from that (`ExpertCache.turn`)."""
         with self.lock:
+            self.decisions.tick()
             self.cache.turn(layer, rows, chosen)
 
     def counts(self) -> Counts:
@@ -287,6 +319,7 @@ class HostTier:
         self.slab_bytes = store.slab_bytes
         self.memory = host_arena(n_slabs * self.slab_bytes)
         self._lock = threading.Lock()
+        self.decisions = Decisions()
         self.disk_reads = self.reads_ahead = 0
 
     def fill(self) -> None:
@@ -328,7 +361,7 @@ class HostTier:
             if self.cache.lookup(key) is not None:
                 return
             offer = self.cache.offer()
-            if offer is None or not _idle(offer):
+            if offer is None or not self.decisions.said("free to read", _idle(offer)):
                 return
             slot = self._read(key, Lane.AHEAD)
             self.reads_ahead += 1
