@@ -113,7 +113,7 @@ def measured(needs: Needs, profile: Profile, system: System, task: Task, passes:
         always=True, context=task.prompt + task.new // 2,
     )  # fmt: skip
     some = passes[: 1 + SIMULATED.get(system.policy, OTHERWISE)]
-    first, all_ = split(scene, some)
+    first, all_, _ = split(scene, some)
     assert first is not None
     token = (all_.total_s - first.total_s) / (len(some) - 1)
     return Times(first.total_s, first.total_s + (task.new - 1) * token, token, scene.memory_bytes)

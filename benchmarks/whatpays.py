@@ -74,7 +74,7 @@ def simulated(model: str, profile: Profile, residency: float, link: float, passe
     found = {}
     for name, way in WAYS.items():
         scene = Scene(needs, profile, way.policy, round(residency * experts), link, way.recall, way.recall is not None)
-        _, all_ = split(scene, passes)
+        all_ = split(scene, passes).all
         counted = all_.passes[len(all_.passes) - TOKENS // 2 :]
         found[name] = len(counted) / sum(one.seconds for one in counted)
     return Cell(model, residency, link, found)

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -85,6 +85,7 @@ class Figures:
     bytes_per_token: float | None  # over the link, in decode
     moved_bytes: int
     link_busy: float  # share of the time
+    stalled: float  # share of the time in which nothing was computed: experts were waited for, or the host
     stall_s: dict[str, float]
     limit_tokens_per_s: float | None
     limited_by: str
@@ -96,12 +97,19 @@ class Figures:
 
 def play(scene: Scene, passes: Sequence[Pass], timeline: Timeline | None = None) -> Figures:
     """Simulate, and set what came of it beside its limit."""
-    prompt, all_ = split(scene, passes, timeline)
-    return _figures(scene, passes, prompt, all_)
+    return _figures(scene, passes, split(scene, passes, timeline))
 
 
-def split(scene: Scene, passes: Sequence[Pass], timeline: Timeline | None = None) -> tuple[Outcome | None, Outcome]:
-    """What the first pass took alone, where it is a prompt, and what all took."""
+class Played(NamedTuple):
+    """What the first pass took alone, where it is a prompt, what all took, and how long something was computed."""
+
+    prompt: Outcome | None
+    all: Outcome
+    compute_s: float
+
+
+def split(scene: Scene, passes: Sequence[Pass], timeline: Timeline | None = None) -> Played:
+    """Simulate."""
     from duoserve.future import Future
     from duoserve.simulate import Link, Shape, Simulation
 
@@ -125,7 +133,7 @@ def split(scene: Scene, passes: Sequence[Pass], timeline: Timeline | None = None
             first = simulation.outcome()
     if timeline is not None:
         simulation.runtime.record(None)
-    return first, simulation.outcome()
+    return Played(first, simulation.outcome(), simulation.device.compute.busy_s)
 
 
 def _costs(scene: Scene) -> Any:
@@ -145,9 +153,10 @@ def _predictor(scene: Scene, passes: Sequence[Pass], experts: Sequence[int]) -> 
     return StatedPredictor(steps, experts, scene.recall, n_bytes=scene.predictor_bytes)
 
 
-def _figures(scene: Scene, passes: Sequence[Pass], prompt: Outcome | None, all_: Outcome) -> Figures:
+def _figures(scene: Scene, passes: Sequence[Pass], played: Played) -> Figures:
     from duoserve.costing import limit_s
 
+    prompt, all_, compute_s = played
     counts, before = all_.counts, prompt.counts if prompt else None
     decode_s = all_.total_s - (prompt.total_s if prompt else 0.0)
     moved = all_.moved_bytes - (prompt.moved_bytes if prompt else 0)
@@ -165,6 +174,7 @@ def _figures(scene: Scene, passes: Sequence[Pass], prompt: Outcome | None, all_:
         bytes_per_token=moved / tokens if tokens else None,
         moved_bytes=all_.moved_bytes,
         link_busy=all_.moved_bytes / scene.rate / all_.total_s,
+        stalled=max(0.0, 1 - compute_s / all_.total_s),
         stall_s=dict(all_.stalls),
         limit_tokens_per_s=tokens / limit if tokens and limit else None,
         limited_by=by,
@@ -259,7 +269,8 @@ def known_machine(name: str, cache_dir: str | None) -> Profile:
 
     found, why = known_profile(cache_dir)
     if found is None:
-        raise Refusal("E_PROFILE", why or "no machine profile", "run `duoserve doctor`", 3)
+        what = (why or "no machine profile").removeprefix("E_PROFILE: ").split("; ")[0]
+        raise Refusal("E_PROFILE", what, "run `duoserve doctor`, or name another --machine", 3)
     return found
 
 
@@ -305,7 +316,7 @@ def simulate(
     fitting = min(experts, slots or max(2, round(share * experts)))
     if not profile.knows(needs.expert_format):
         raise Refusal(
-            "E_PROFILE", f"{machine} has no rate for {needs.expert_format} (1 missing)", "choose another --format"
+            "E_OPTION", f"{machine} has no rate for {needs.expert_format}, 1 is needed", "choose another --format"
         )
     if trace is not None:
         passes, context = recorded(trace, needs, None), 512
@@ -327,6 +338,8 @@ def simulate(
 
 def _recorded(scene: Scene, passes: Sequence[Pass], path: Path, name: str, machine: str) -> Figures:
     """Simulate, and write what happened when."""
+    if not path.parent.is_dir():
+        raise Refusal("E_IO", f"{path.parent} is no folder", "give a file in one that is there")
     from duoserve.runfile import Run, write_run
     from duoserve.timeline import Timeline
 
@@ -356,9 +369,9 @@ def table(scene: Scene, found: Figures, name: str, machine: str) -> Iterator[tup
     yield "its limit", f"{limit} ({found.limited_by}); reached {found.share_of_limit:.0%}"
     yield "experts asked", f"hits {shares[0]}, in flight {shares[1]}, misses {shares[2]}; {found.guesses} guesses begun"
     yield "a token moves", f"{size(math.ceil(found.bytes_per_token))} over {scene.rate / 1e9:.1f} GB/s"
-    yield "link busy", f"{found.link_busy:.0%} of the time"
-    if found.stall_s:
-        yield "stalls", ", ".join(f"{cause} {seconds:.2f} s" for cause, seconds in found.stall_s.items())
+    yield "link busy", f"{found.link_busy:.0%} of the time; nothing computed in {found.stalled:.0%} of it"
+    if any(found.stall_s.values()):
+        yield "host waited for", ", ".join(f"{cause} {seconds:.2f} s" for cause, seconds in found.stall_s.items())
 
 
 def register(app: typer.Typer) -> None:

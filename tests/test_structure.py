@@ -37,7 +37,7 @@ FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 SIDE_BY_SIDE = {
     ("config", "core"),
     ("foresight", "core"),
-    ("foresight", "future", "timeline"),
+    ("foresight", "future"),
     ("future", "core"),
     ("paper", "ahead"),
     ("moe", "policies"),
