@@ -226,7 +226,11 @@ def _means(found: dict[tuple[str, str, str], dict[str, Times]]) -> list[str]:
         lines.append(f"| {label}, range over both | {span[0]}-{span[1]} | {ours} |")
     first, whole = ([ratio(t, "LFP, pageable", what) for t in found.values()] for what in ("ttft", "e2e"))
     spans = [f"{label} {min(every):.2f}-{max(every):.2f}" for label, every in (("TTFT", first), ("end to end", whole))]
+    rate = statistics.mean(_pageable(found, kind, said) for kind, said in MEAN_E2E.items())
     lines += [
+        "",
+        f"Were pageable memory as fast as that, {rate:.0f} GB/s, on-demand's cells would have TTFT "
+        f"{_at(found, 'ttft', rate)} and end to end {_at(found, 'e2e', rate)}. That number is not fitted here.",
         "",
         f"Were LFP's memory pageable too: {' and '.join(spans)} over it. So no memory puts both in range: a baseline slow "
         "enough for the paper's TTFT moves a whole layer for every token as slowly, unless answers have a few tokens only.",
@@ -243,6 +247,16 @@ def _pageable(found: dict[tuple[str, str, str], dict[str, Times]], kind: str, sa
     assert link is not None
     inverse = 1 / link.pinned + (said - fast) / (slow - fast) * (1 / link.pageable - 1 / link.pinned)
     return 1e-9 / inverse
+
+
+def _at(found: dict[tuple[str, str, str], dict[str, Times]], what: str, rate: float) -> str:
+    """The range over on-demand, were its link so fast (GB/s), by the same straight line."""
+    link = machine(MACHINES[0]).link
+    assert link is not None
+    share = (1e-9 / rate - 1 / link.pinned) / (1 / link.pageable - 1 / link.pinned)
+    ends = [(ratio(t, "on-demand, pinned", what), ratio(t, "on-demand", what)) for t in found.values()]
+    every = [fast + share * (slow - fast) for fast, slow in ends]
+    return f"{min(every):.2f}-{max(every):.2f}"
 
 
 def _near(ours: float, said: float) -> str:
