@@ -36,7 +36,7 @@ class Activation(Foresight):
         cache: ExpertCache,
         transfer: Transfer,
         experts_per_layer: list[int],
-        think: Callable[[Callable[[], None], bool], Event],
+        think: Callable[[Callable[[], None], int, bool], object],
     ):
         self._cache, self._transfer, self._experts, self._think = cache, transfer, experts_per_layer, think
         self._first = np.cumsum([0, *experts_per_layer])
@@ -48,6 +48,7 @@ class Activation(Foresight):
         self._turn = 0  # the layer whose router has spoken last
         self._spoken: tuple[Step, int] | None = None
         self._under_way: deque[Event] = deque()
+        self._asked = 0  # rankings
         self.error: str | None = None
 
     def use(self, predictor: Predictor | None, always: bool) -> None:
@@ -74,14 +75,18 @@ class Activation(Foresight):
     def ask(self) -> None:
         if self._spoken is not None and self.predictor is not None:
             step, layer = self._spoken
-            self._think(lambda: self._rank(step, layer), False)
+            self._asked += 1
+            number = self._asked
+            self._think(lambda: self._rank(step, layer, number), number, False)
         self._spoken = None
         self.push()
 
     def push(self) -> None:
-        while self._under_way and self._under_way[0].done:
-            self._under_way.popleft()
+        decisions = self._transfer.decisions
         with self._transfer.lock:
+            decisions.tick()
+            while self._under_way and decisions.said("arrived", self._under_way[0].done):
+                self._under_way.popleft()
             while len(self._under_way) < AT_ONCE:
                 key = self._cache.wanted()
                 slot = self._transfer.guess(key) if key is not None else None
@@ -122,20 +127,25 @@ class Activation(Foresight):
         until = (self._layer - self._turn - 1) % layers / layers
         self._cache.appraise(np.where(share > 0, share * (1 - until), NOTHING * (1 + until)))
 
-    def _rank(self, step: Step, layer: int) -> None:
+    def _rank(self, step: Step, layer: int, number: int) -> None:
         """What the predictor says of the layers next to come; on its thread."""
-        predictor, layers = self.predictor, len(self._experts)
-        if predictor is None:
-            return
-        for near in range(layer + 1, min(layer + 1 + NEAR, layers)):
-            if predictor.when(near) is None:
+        told = self._told(step, layer)
+        with self._transfer.lock:
+            self._transfer.decisions.ranked(number, [])
+            self._near |= told
+            self._appraise()
+
+    def _told(self, step: Step, layer: int) -> dict[int, np.ndarray]:
+        """Shares, by layer."""
+        found: dict[int, np.ndarray] = {}
+        predictor = self.predictor
+        for near in range(layer + 1, min(layer + 1 + NEAR, len(self._experts))):
+            if predictor is None or predictor.when(near) is None:
                 continue
             try:
-                told = predictor.rank(step, near).clamp(min=0).double().numpy()
+                scores = predictor.rank(step, near).clamp(min=0).double().numpy()
             except Exception as error:  # tokens do not depend on it
                 self.error, self.predictor = f"{type(error).__name__}: {error}", None
-                return
-            with self._transfer.lock:
-                self._near[near] = told / max(told.sum(), 1e-9)
-        with self._transfer.lock:
-            self._appraise()
+                break
+            found[near] = scores / max(scores.sum(), 1e-9)
+        return found

@@ -62,8 +62,9 @@ class ExpertCache:
         self._layer = np.repeat(np.arange(len(experts)), experts)  # of each expert
         self._slot = np.full(len(self._layer), -1, dtype=np.int64)  # of each expert, or -1
         self._worth = np.zeros(len(self._layer))
-        self._ranked: np.ndarray | None = None  # worth with ties broken, once asked for in this turn
-        self._open = np.zeros(len(self._layer), dtype=bool)  # sits in a slot that is not pinned
+        self._shut = np.full(len(self._layer), np.inf)  # 0 where it sits in a slot that is not pinned
+        self._ties: dict[int, np.ndarray] = {}  # by turn: what of each expert's worth breaks ties
+        self._value = np.empty(len(self._layer))  # worked on by `offer`
         self._free = list(reversed(self.slots))
         self._turn = 0  # the layer whose turn it is
 
@@ -93,7 +94,7 @@ class ExpertCache:
 
     def turn(self, layer: int, rows: int, chosen: Mapping[int, int]) -> None:
         """A layer's router has spoken for `rows` tokens: `chosen` is how many of them each expert got."""
-        self._turn, self._ranked = layer, None
+        self._turn = layer
         if self._keep is Keep.TOLD:
             return
         worth = self._worth[self._first[layer] : self._first[layer + 1]]
@@ -110,7 +111,6 @@ class ExpertCache:
     def appraise(self, worth: np.ndarray, experts: np.ndarray | slice = slice(None)) -> None:
         """What experts are worth from now on, larger is better: all of them, layer by layer, or those at `experts`."""
         self._worth[experts] = worth
-        self._ranked = None
 
     def wanted(self) -> Key | None:
         """The expert worth most of those that sit in no slot and are worth anything; None where there is none."""
@@ -134,12 +134,14 @@ class ExpertCache:
         return slot
 
     def take(self, slot: Slot, key: Key) -> None:
-        """Give a key this slot, pinned: one that was offered, or any that is not pinned."""
+        """Give a key this slot, pinned: one that was offered, or any with a key that is not pinned."""
         assert self._slot[self._at(key)] < 0 and slot.pins == 0, (key, slot)
         if slot.key is None:
-            self._free.remove(slot)
+            assert self._free[-1] is slot, slot
+            self._free.pop()
         else:
-            self._slot[self._at(slot.key)], self._open[self._at(slot.key)] = -1, False
+            former = self._at(slot.key)
+            self._slot[former], self._shut[former] = -1, np.inf
             self.evictions += 1
         slot.key, slot.pins = key, 1
         self._slot[self._at(key)] = slot.index
@@ -148,9 +150,15 @@ class ExpertCache:
         """The slot that `claim` would take: a free one, else that of the expert worth least."""
         if self._free:
             return self._free[-1]
-        open_ = self._open if sparing is None else self._open & (self._layer != sparing)
-        expert = int(np.where(open_, self._rank(), np.inf).argmin())
-        return self.slots[self._slot[expert]] if open_[expert] else None
+        ties = self._ties.get(self._turn)
+        if ties is None:
+            ties = self._ties[self._turn] = TIE * ((self._layer - self._turn - 1) % self._layers)
+        value = np.subtract(self._worth, ties, out=self._value)
+        value += self._shut
+        if sparing is not None:
+            value[self._first[sparing] : self._first[sparing + 1]] = np.inf
+        expert = value.argmin()
+        return self.slots[self._slot[expert]] if value[expert] < np.inf else None
 
     def least(self, worth: np.ndarray) -> Slot:
         """A free slot, else that of the expert worth least by other figures than the pool's own; it may be pinned."""
@@ -158,27 +166,21 @@ class ExpertCache:
             return self._free[-1]
         return self.slots[self._slot[int(np.where(self._slot >= 0, worth, np.inf).argmin())]]
 
-    def _rank(self) -> np.ndarray:
-        """Worth, the layer that comes round last a little less."""
-        if self._ranked is None:
-            until_turn = (self._layer - self._turn - 1) % self._layers
-            self._ranked = self._worth if self._keep is Keep.TOLD else self._worth - TIE * until_turn
-        return self._ranked
-
     def pin(self, slot: Slot) -> None:
         assert slot.key is not None, slot
         slot.pins += 1
-        self._open[self._at(slot.key)] = False
+        self._shut[self._at(slot.key)] = np.inf
 
     def unpin(self, slot: Slot) -> None:
         assert slot.key is not None and slot.pins > 0, slot
         slot.pins -= 1
-        self._open[self._at(slot.key)] = slot.pins == 0
+        if slot.pins == 0:
+            self._shut[self._at(slot.key)] = 0.0
 
     def forget(self, slot: Slot) -> None:
         """Empty a slot whose copy failed."""
         assert slot.key is not None, slot
-        self._slot[self._at(slot.key)], self._open[self._at(slot.key)] = -1, False
+        self._slot[self._at(slot.key)], self._shut[self._at(slot.key)] = -1, np.inf
         slot.key, slot.pins, slot.ready = None, 0, None
         self._free.append(slot)
 
@@ -191,13 +193,16 @@ class ExpertCache:
             return
         self._free.pop()
         slot.key, slot.ready = former, ready
-        self._slot[self._at(former)], self._open[self._at(former)] = slot.index, True
+        self._slot[self._at(former)], self._shut[self._at(former)] = slot.index, 0.0
         self.evictions -= 1
 
     def check(self) -> None:
         """Integrity when idle: every key has one slot, every slot at most one key, nothing is pinned."""
         held = [slot for slot in self.slots if slot.key is not None]
-        assert len(held) == len(self) == int((self._slot >= 0).sum()) == int(self._open.sum()), (len(held), len(self))
+        assert len(held) == len(self) == int((self._slot >= 0).sum()) == int((self._shut == 0).sum()), (
+            len(held),
+            len(self),
+        )
         for slot in held:
             assert slot.key is not None and self.lookup(slot.key) is slot and slot.pins == 0, slot
 

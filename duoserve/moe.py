@@ -16,7 +16,8 @@ from torch import nn
 from duoserve import policies
 from duoserve.cache import ExpertCache, Slot
 from duoserve.core import Observer, Phase, Policy, Predictor, Route, Step
-from duoserve.device import DONE, Device, Event
+from duoserve.decisions import Decisions
+from duoserve.device import Device, Event
 from duoserve.experts import Groups, Weights, combine, expert_function, group
 from duoserve.future import Future
 from duoserve.int4 import Scratch
@@ -116,6 +117,11 @@ class Runtime:
         with self._lock:
             self.ahead.foresee(future)
 
+    def decide(self, decisions: Decisions) -> None:
+        """From now on these note, or say, what the clock decides."""
+        with self._lock:
+            self.transfer.decide(decisions)
+
     def begin(self, step: Step) -> None:
         """A pass starts; its routes are noted only where somebody wants them."""
         if self.company is not None and self.company.inside:
@@ -152,12 +158,13 @@ class Runtime:
             self._former = step
         return step.rows
 
-    def _think(self, fn: Callable[[], None], quick: bool) -> Event:
-        """Run `fn` on the predictor's stream, after what was computed so far; at once if that is quick and a thread."""
+    def _think(self, fn: Callable[[], None], number: int, quick: bool) -> None:
+        """Run `fn`, which makes the ranking `number`, on the predictor's stream, after what was computed so far; at once if
+        that is quick and a thread."""
         if quick and self.device.name == "cpu":
             fn()
-            return DONE
-        return self.device.predict.submit(fn, (self.device.mark(),))
+            return
+        self.transfer.decisions.think(number, fn, lambda: self.device.predict.submit(fn, (self.device.mark(),)))
 
     def run(
         self,

@@ -12,7 +12,6 @@ from duoserve.ahead import Ahead
 from duoserve.cache import ExpertCache, Keep, Slot
 from duoserve.core import Policy
 from duoserve.decode import Decode
-from duoserve.device import Event
 from duoserve.foresight import Foresight
 from duoserve.paper import Buffers, TopK
 from duoserve.prefill import Prefill
@@ -20,7 +19,7 @@ from duoserve.sighted import Sighted
 from duoserve.transfer import POLITE, Manners, Transfer
 from duoserve.wholelayer import WholeLayer
 
-Think = Callable[[Callable[[], None], bool], Event]
+Think = Callable[[Callable[[], None], int, bool], object]
 
 
 class Schedule(Protocol):

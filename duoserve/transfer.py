@@ -22,6 +22,7 @@ import torch
 from duoserve.cache import ExpertCache, Slot
 from duoserve.codec import Weight
 from duoserve.core import Key, Lane
+from duoserve.decisions import Decisions
 from duoserve.device import DONE, Device, Event, host_arena
 from duoserve.int4 import Scratch
 from duoserve.store import Store
@@ -86,6 +87,13 @@ class Transfer:
         self.ready = self.late = self.wrong = 0
         self._guessed: dict[Key, Guess] = {}  # until the layer's router speaks
         self.waiting = 0  # experts of the running layer that have no slot yet
+        self.decisions = Decisions()
+
+    def decide(self, decisions: Decisions) -> None:
+        """Ask these what the clock would say from now on."""
+        self.decisions = decisions
+        if self.host is not None:
+            self.host.decisions = decisions
 
     def slab(self, slot: Slot) -> torch.Tensor:
         """The slot's memory, (slab_bytes,) uint8 on the device."""
@@ -116,7 +124,7 @@ class Transfer:
 
     def _take_back(self, slot: Slot) -> bool:
         """The guess that was to fill the slot gives way, if nobody began it; then the slot holds nothing."""
-        if slot.ready is None or self.manners.stays or not self.device.copy.cancel(slot.ready):
+        if slot.ready is None or self.manners.stays or not self.decisions.cancelled(self.device.copy, slot.ready):
             return False
         self.guesses -= 1
         return True
@@ -129,10 +137,11 @@ class Transfer:
         """
         sparing = None if self.manners.trades else key.layer
         with self.lock:
+            self.decisions.tick()
             if self.waiting:
                 return None
             offer = over or self.cache.offer(sparing)
-            if offer is None or not (self.manners.waits or _idle(offer)):
+            if offer is None or not (self.manners.waits or self.decisions.said("free", _idle(offer))):
                 return None
             if over is None and self.manners.trades and not self.cache.outranks(key, offer):
                 return None
@@ -147,10 +156,11 @@ class Transfer:
     def met(self, layer: int, needed: Collection[int]) -> None:
         """A layer's router has spoken: what was guessed and is needed has come true; the rest may be meant for later."""
         with self.lock:
+            self.decisions.tick()
             for expert in needed:
                 guess = self._guessed.pop(key := Key(layer, expert), None)
                 if guess is not None and guess.slot.key == key and guess.slot.ready is guess.copy:
-                    done = guess.copy.done
+                    done = self.decisions.said("ready", guess.copy.done)
                     self.ready, self.late = self.ready + done, self.late + (not done)
 
     def settle(self, layer: int | None, needed: Collection[int]) -> tuple[int, int]:
@@ -159,15 +169,16 @@ class Transfer:
         """
         began = withdrawn = 0
         with self.lock:
+            self.decisions.tick()
             for key in [key for key in self._guessed if layer is None or key.layer == layer]:
                 guess = self._guessed.pop(key)
                 if guess.slot.key != key or guess.slot.ready is not guess.copy:
                     withdrawn += 1  # a need took its slot
                 elif layer is not None and key.expert in needed:
-                    done = guess.copy.done
+                    done = self.decisions.said("ready", guess.copy.done)
                     self.ready, self.late = self.ready + done, self.late + (not done)
-                    began += done or not self.device.copy.queued(guess.copy)
-                elif not self.manners.stays and self.device.copy.cancel(guess.copy):
+                    began += done or not self.decisions.said("queued", self.device.copy.queued(guess.copy))
+                elif not self.manners.stays and self.decisions.cancelled(self.device.copy, guess.copy):
                     self.cache.restore(guess.slot, guess.former, guess.ready, guess.released)
                     self.guesses -= 1
                     withdrawn += 1
@@ -193,13 +204,14 @@ class Transfer:
         arriving: deque[Slot] = deque()
         absent: deque[Key] = deque()
         with self.lock:
+            self.decisions.tick()
             for key in keys:
                 slot = _whole(self.cache, key)
                 if slot is None:
                     absent.append(key)
                     continue
                 self.cache.pin(slot)
-                if slot.ready.done:
+                if self.decisions.said("resident", slot.ready.done):
                     resident.append(slot)
                 else:
                     self._hurry(slot)
@@ -225,6 +237,7 @@ class Transfer:
     def _demand(self, key: Key) -> Slot | None:
         """A slot that is being filled with what is needed now; None while all are in use."""
         with self.lock:
+            self.decisions.tick()
             slot = self.cache.claim(key)
             if slot is not None:
                 self.waiting -= 1
@@ -235,6 +248,7 @@ class Transfer:
         """The same without any overlap (synchronous on-demand): an absent expert is fetched and waited for in its turn."""
         for key in keys:
             with self.lock:
+                self.decisions.tick()
                 slot = _whole(self.cache, key)
                 if slot is None:
                     self.misses += 1
@@ -260,17 +274,20 @@ class Transfer:
     def release(self, slot: Slot, read: Event) -> None:
         """The work behind `read` was the slot's last reader for now."""
         with self.lock:
+            self.decisions.tick()
             slot.released = (read,)
             self.cache.unpin(slot)
 
     def abandon(self, slot: Slot) -> None:
         """Nobody will read it now: hand the slot back."""
         with self.lock:
+            self.decisions.tick()
             self.cache.unpin(slot)
 
     def turn(self, layer: int, rows: int, chosen: dict[int, int]) -> None:
         """A layer's router has spoken: what the pool keeps follows from that (`ExpertCache.turn`)."""
         with self.lock:
+            self.decisions.tick()
             self.cache.turn(layer, rows, chosen)
 
     def counts(self) -> Counts:
@@ -287,6 +304,7 @@ class HostTier:
         self.slab_bytes = store.slab_bytes
         self.memory = host_arena(n_slabs * self.slab_bytes)
         self._lock = threading.Lock()
+        self.decisions = Decisions()
         self.disk_reads = self.reads_ahead = 0
 
     def fill(self) -> None:
@@ -313,9 +331,9 @@ class HostTier:
                     self.disk.promote(slot.ready)
             else:
                 slot = self._read(key, lane)
-            source = self._slab(slot)[: into.numel()]
+            source, cost = self._slab(slot)[: into.numel()], self.store.layout(key.layer).slab_bytes
             sent = self.device.copy.submit(
-                lambda: into.copy_(source, non_blocking=True), (slot.ready,), behind, lane, into.numel(), key
+                lambda: into.copy_(source, non_blocking=True), (slot.ready,), behind, lane, cost, key
             )
             slot.released = (*(e for e in slot.released if not e.done), sent)
             self.cache.turn(key.layer, 1, {key.expert: 1})
@@ -328,7 +346,7 @@ class HostTier:
             if self.cache.lookup(key) is not None:
                 return
             offer = self.cache.offer()
-            if offer is None or not _idle(offer):
+            if offer is None or not self.decisions.said("free to read", _idle(offer)):
                 return
             slot = self._read(key, Lane.AHEAD)
             self.reads_ahead += 1
