@@ -36,7 +36,7 @@ class Activation(Foresight):
         cache: ExpertCache,
         transfer: Transfer,
         experts_per_layer: list[int],
-        think: Callable[[Callable[[], None], int, bool], object],
+        think: Callable[[Callable[[], None], int, int, bool], object],
     ):
         self._cache, self._transfer, self._experts, self._think = cache, transfer, experts_per_layer, think
         self._first = np.cumsum([0, *experts_per_layer])
@@ -48,8 +48,8 @@ class Activation(Foresight):
         self._turn = 0  # the layer whose router has spoken last
         self._spoken: tuple[Step, int] | None = None
         self._under_way: deque[Event] = deque()
-        self._asked = 0  # rankings
         self.error: str | None = None
+        self._asked = 0  # times that the predictor was
 
     def use(self, predictor: Predictor | None, always: bool) -> None:
         """It is asked about every layer of every pass from the next on, whether that pays or not."""
@@ -77,7 +77,7 @@ class Activation(Foresight):
             step, layer = self._spoken
             self._asked += 1
             number = self._asked
-            self._think(lambda: self._rank(step, layer, number), number, False)
+            self._think(lambda: self._rank(step, layer, number), layer + 1, number, False)
         self._spoken = None
         self.push()
 

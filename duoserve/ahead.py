@@ -62,7 +62,7 @@ class Ahead(Foresight):
         cache: ExpertCache,
         transfer: Transfer,
         experts_per_layer: list[int],
-        think: Callable[[Callable[[], None], int, bool], object],
+        think: Callable[[Callable[[], None], int, int, bool], object],
     ):
         self._cache, self._transfer, self._experts, self._think = cache, transfer, experts_per_layer, think
         self.predictor: Predictor | None = None
@@ -190,7 +190,7 @@ class Ahead(Foresight):
         self._asked.append(ranking)
         self._due.append(ranking)
         quick = self._decisions.said("quick", len(self._timed) < TIMED or (self._rank_s or 0) < QUICK_S)
-        self._think(rank, number, quick)
+        self._think(rank, layer, number, quick)
 
     def _took(self, seconds: float) -> None:
         if len(self._timed) < TIMED:

@@ -137,7 +137,9 @@ class ExpertCache:
         """Give a key this slot, pinned: one that was offered, or any with a key that is not pinned."""
         assert self._slot[self._at(key)] < 0 and slot.pins == 0, (key, slot)
         if slot.key is None:
-            assert self._free[-1] is slot, slot
+            if self._free[-1] is not slot:
+                self._free.remove(slot)
+                self._free.append(slot)
             self._free.pop()
         else:
             former = self._at(slot.key)
@@ -150,11 +152,9 @@ class ExpertCache:
         """The slot that `claim` would take: a free one, else that of the expert worth least."""
         if self._free:
             return self._free[-1]
-        ties = self._ties.get(self._turn)
-        if ties is None:
-            ties = self._ties[self._turn] = TIE * ((self._layer - self._turn - 1) % self._layers)
-        value = np.subtract(self._worth, ties, out=self._value)
-        value += self._shut
+        value = np.add(self._worth, self._shut, out=self._value)
+        if self._keep is not Keep.TOLD:
+            value -= self._tie()
         if sparing is not None:
             value[self._first[sparing] : self._first[sparing + 1]] = np.inf
         expert = value.argmin()
@@ -165,6 +165,13 @@ class ExpertCache:
         if self._free:
             return self._free[-1]
         return self.slots[self._slot[int(np.where(self._slot >= 0, worth, np.inf).argmin())]]
+
+    def _tie(self) -> np.ndarray:
+        """What makes the layer that comes round last worth a little less."""
+        ties = self._ties.get(self._turn)
+        if ties is None:
+            ties = self._ties[self._turn] = TIE * ((self._layer - self._turn - 1) % self._layers)
+        return ties
 
     def pin(self, slot: Slot) -> None:
         assert slot.key is not None, slot

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from duoserve import learning, tracing
+from duoserve import learning, showing, tracing
 from duoserve.config import size
 from duoserve.core import Refusal, nearest
 from duoserve.version import __version__
@@ -103,6 +103,9 @@ def chat(
     policy: PolicyName = "duoserve",
     predictor: PredictorName = None,
     link: Link = None,
+    timeline: Annotated[
+        Path | None, typer.Option("--timeline", help="Record what happens when, for `duoserve timeline FILE`.")
+    ] = None,
     slots: Slots = None,
 ) -> None:
     """Chat with a model in the terminal, or answer one --prompt."""
@@ -112,10 +115,11 @@ def chat(
         from duoserve import repl
 
         sampling = repl.sampling(max_new_tokens, temperature, top_p, seed)
-        if prompt is not None:
-            repl.answer_once(engine, prompt, system, sampling, as_json)
-        else:
-            repl.run(engine, system, sampling, as_json)
+        with _recorded(engine, timeline, predictor):
+            if prompt is not None:
+                repl.answer_once(engine, prompt, system, sampling, as_json)
+            else:
+                repl.run(engine, system, sampling, as_json)
 
 
 @app.command()
@@ -323,6 +327,29 @@ def _engine(model: str | None, options: dict[str, Any], predictor: str | None = 
         engine.close()
 
 
+@contextmanager
+def _recorded(engine: Engine, path: Path | None, predictor: str | None) -> Iterator[None]:
+    """Record into a file what happens meanwhile; nothing where there is none."""
+    if path is None:
+        yield
+        return
+    if not path.parent.is_dir():
+        raise Refusal("E_IO", f"{path.parent} is no folder", "give a file in one that is there")
+    from duoserve import doctor
+    from duoserve.runfile import Run, write_run
+    from duoserve.timeline import Timeline
+
+    timeline = Timeline()
+    engine.record(timeline)
+    try:
+        yield
+    finally:
+        engine.record(None)
+        meta = engine.about() | {"predictor": predictor or "default"}
+        write_run(path, Run.of(timeline, meta, doctor.identity()))
+        print(f"recorded {path}: `duoserve timeline {path} --png picture.png` shows it", file=sys.stderr)
+
+
 class _Interrupted(Exception):
     """Ctrl-C where it matters to know what of the work is lost."""
 
@@ -372,6 +399,7 @@ def _shown_progress() -> Iterator[Progress]:
 
 tracing.register(app)
 learning.register(app)
+showing.register(app)
 
 
 def main() -> None:

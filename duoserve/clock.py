@@ -27,6 +27,34 @@ from greenlet import getcurrent, greenlet
 
 from duoserve.core import Key, Lane
 from duoserve.device import DONE, Event
+from duoserve.timeline import (
+    AHEAD,
+    COMBINE,
+    COMPUTE,
+    COPY,
+    DEMAND,
+    DISK,
+    EXPERT,
+    GUESS,
+    IN_FLIGHT,
+    MODEL,
+    NONE,
+    PREDICTOR,
+    RANK,
+    READ,
+    SCHEDULE,
+    ModelThread,
+    Timeline,
+    Why,
+)  # fmt: skip
+
+_TRACKS = {
+    "copy": (DEMAND, AHEAD),
+    "disk": (DISK, DISK),
+    "predict": (PREDICTOR, PREDICTOR),
+    "compute": (COMPUTE, COMPUTE),
+}
+_KINDS = {"copy": COPY, "disk": READ, "predict": RANK}
 
 
 @dataclass(frozen=True)
@@ -35,23 +63,29 @@ class Link:
 
     Without `alone` the wire takes them one after the other, and `latency_s` is what a copy takes beside the wire. With it
     they share: one copy gets `alone`, several `bytes_per_s` together (a disk), each after its latency.
+
+    What copies cost whoever computes on the host: `submit_s` to hand one over, and, while any is under way, `company` times
+    the time (memory and cores are shared).
     """
 
     bytes_per_s: float
     latency_s: float = 0.0
     workers: int = 2
     alone: float | None = None
+    submit_s: float = 0.0
+    company: float = 1.0
 
 
 class Moment:
     """Something that will have happened on a virtual machine: `device.Event` without threads."""
 
-    __slots__ = ("_device", "cost", "done", "error", "job", "waiters")
+    __slots__ = ("_device", "cost", "done", "error", "job", "waiters", "why")
 
     def __init__(self, device: ClockDevice, job: _Job):
         self._device, self.cost = device, job.cost
         self.job: _Job | None = job  # until it is over
         self.done = False
+        self.why = Why(GUESS if job.lane is Lane.AHEAD else DEMAND)
         self.error: BaseException | None = None
         self.waiters: list[_Job] | None = []
 
@@ -75,28 +109,40 @@ class Moment:
 
 
 class _Job:
-    __slots__ = ("after", "cost", "event", "fn", "lane", "pending", "start", "stream", "what")
+    __slots__ = ("after", "cost", "event", "fn", "lane", "pending", "start", "stream", "what", "worker")
 
     def __init__(self, stream: ClockStream, fn: Callable[[], Any], after: tuple[Any, ...], lane: Lane, cost: float,
                  what: Key | None):  # fmt: skip
         self.stream, self.fn, self.after, self.lane, self.cost, self.what = stream, fn, after, lane, cost, what
         self.event = Moment(stream.device, self)
         self.pending = 0  # of the events it waits for
+        self.worker = 0
         self.start: float | None = None
 
 
 class ClockStream:
     """`device.WorkerStream` in virtual time; a job's `cost` is its seconds."""
 
-    def __init__(self, device: ClockDevice, name: str, workers: int = 1, in_order: bool = False):
-        self.device, self.name = device, name
+    def __init__(self, device: ClockDevice, name: str, workers: int = 1, in_order: bool = False, submit_s: float = 0.0):
+        self.device, self.name, self._submit_s = device, name, submit_s
         self._workers, self._in_order = workers, in_order
         self._demand: deque[_Job] = deque()
         self._ahead: deque[_Job] = deque()
         self._active = 0
-        self._busy_since = 0.0
-        self.busy_s = 0.0  # seconds with at least one job running
+        self._idle = list(range(workers))[::-1]
+        self._numbered = workers > 1
+        self._timeline: Timeline | None = None
+        self._busy_since = self._busy_s = 0.0
         self.cost_done: float = 0
+
+    @property
+    def busy(self) -> bool:
+        return self._active > 0
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds with at least one job running."""
+        return self._busy_s + (self.device.time - self._busy_since if self._active else 0.0)
 
     def submit(
         self,
@@ -115,6 +161,7 @@ class ClockStream:
                 job.pending += 1
         (self._ahead if lane else self._demand).append(job)
         self.start()
+        self.device.owed_s += self._submit_s
         return job.event
 
     def cancel(self, event: Any) -> bool:
@@ -132,6 +179,8 @@ class ClockStream:
 
     def promote(self, event: Any) -> None:
         """A guess turned out to be needed: move its job, if still queued, to the DEMAND lane."""
+        if event.why.said == GUESS and not event.done:
+            event.why.said = IN_FLIGHT
         if self.queued(event):
             self._ahead.remove(event.job)
             event.job.lane = Lane.DEMAND
@@ -146,6 +195,10 @@ class ClockStream:
         else:
             event.job.cost = 0
 
+    def record(self, timeline: Timeline | None) -> None:
+        """Note jobs that end from now on in `timeline`."""
+        self._timeline = timeline
+
     def close(self) -> None: ...
 
     def start(self) -> None:
@@ -154,7 +207,7 @@ class ClockStream:
             if self._active == 0:
                 self._busy_since = self.device.time
             self._active += 1
-            job.start = self.device.time
+            job.start, job.worker = self.device.time, self._idle.pop()
             self._begin(job)
 
     def _next(self) -> _Job | None:
@@ -183,10 +236,21 @@ class ClockStream:
         except BaseException as raised:  # handed to whoever waits for the event
             job.event.error = raised
         self._active -= 1
+        self._idle.append(job.worker)
+        if self._timeline is not None:
+            self._add(self._timeline, job)
         self.cost_done += job.cost
         if self._active == 0:
-            self.busy_s += self.device.time - self._busy_since
+            self._busy_s += self.device.time - self._busy_since
         self._over(job.event)
+
+    def _add(self, timeline: Timeline, job: _Job) -> None:
+        assert job.start is not None, job.what
+        layer, expert = job.what or (NONE, NONE)
+        track = _TRACKS[self.name][job.lane]
+        kind = _KINDS.get(self.name) or (COMBINE if job.what is None else EXPERT)
+        timeline.add(f"{track} {job.worker}" if self._numbered else track, kind, layer, expert, job.start, self.device.time,
+                     job.event.why)  # fmt: skip
 
     def _over(self, event: Moment) -> None:
         waiters, event.waiters, event.job, event.done = event.waiters, None, None, True
@@ -204,7 +268,7 @@ class Wire(ClockStream):
     """Copies one after the other; the latency of one overlaps the next."""
 
     def __init__(self, device: ClockDevice, name: str, link: Link):
-        super().__init__(device, name, link.workers)
+        super().__init__(device, name, link.workers, submit_s=link.submit_s)
         self._link, self._free_at = link, 0.0
 
     def _begin(self, job: _Job) -> None:
@@ -216,7 +280,7 @@ class Shared(ClockStream):
     """Copies that share a rate, each after its latency; a disk."""
 
     def __init__(self, device: ClockDevice, name: str, link: Link):
-        super().__init__(device, name, link.workers)
+        super().__init__(device, name, link.workers, submit_s=link.submit_s)
         assert link.alone is not None, link
         self._latency_s, self._rates = link.latency_s, (link.alone, link.bytes_per_s)
         self._left: dict[_Job, float] = {}  # bytes of those that are past their latency
@@ -285,12 +349,24 @@ class Inline:
             if not event.done:
                 event.order(needed=False)
         for event in after:
-            if not event.done or event.error is not None:
-                event.order()
+            if not event.done:
+                self._device.thread.wait(event.order, event.why.stall, what)
+            elif event.error is not None:
+                raise event.error
         fn()
         self.busy_s += cost
-        self._device.spend(cost)
+        if self._device.thread.timeline is None:
+            self._device.spend(cost)
+        else:
+            self._followed(cost, what)
         return DONE
+
+    def _followed(self, cost: float, what: Key | None) -> None:
+        thread = self._device.thread
+        layer, expert = what or (thread.layer, NONE)
+        thread.turn(EXPERT if what is not None else COMBINE, layer, expert)
+        self._device.spend(cost)
+        thread.turn(SCHEDULE, layer)
 
     def close(self) -> None: ...
 
@@ -299,14 +375,13 @@ class Queued(ClockStream):
     """Compute as a stream of its own, in order; handing over a job takes the host `launch_s`."""
 
     def __init__(self, device: ClockDevice, launch_s: float):
-        super().__init__(device, "compute", in_order=True)
-        self._launch_s = launch_s
+        super().__init__(device, "compute", in_order=True, submit_s=launch_s)
         self.last: Moment | Event = DONE
 
     def submit(self, *args: Any, **named: Any) -> Moment:
         event = super().submit(*args, **named)
         self.last = event
-        self.device.spend(self._launch_s)
+        self.device.spend(0.0)
         return event
 
 
@@ -323,7 +398,10 @@ class ClockDevice:
         self.time = 0.0  # the host's, and what the streams have come to
         self._ends: list[tuple[float, int, Callable[..., Any], tuple[Any, ...]]] = []
         self._numbered = 0
+        self.thread = ModelThread(self.now)
         self.host = getcurrent()
+        self.owed_s = 0.0  # host time for what was handed over; paid when the host next lets time pass, behind no lock
+        self._company = link.company
         self.compute: Inline | Queued = Queued(self, launch_s) if asynchronous else Inline(self)
         self.copy = _road(self, "copy", link)
         self.disk = _road(self, "disk", disk) if disk is not None else None
@@ -336,7 +414,8 @@ class ClockDevice:
         """The host, or whoever thinks on the predictor's stream, takes so long."""
         thinking = getcurrent()
         if thinking is self.host:
-            self._pass(self.time + seconds)
+            seconds, self.owed_s = seconds + self.owed_s, 0.0
+            self._pass(seconds)
         else:
             self.at(self.time + seconds, thinking.switch)
             self.host.switch()
@@ -344,6 +423,8 @@ class ClockDevice:
     def wait_for(self, event: Moment) -> None:
         """The host waits."""
         assert getcurrent() is self.host, "whoever guesses never waits"
+        if self.owed_s:
+            self.spend(0.0)
         while not event.done:
             assert self._ends, "nothing that runs leads to the event"
             self._step()
@@ -370,6 +451,13 @@ class ClockDevice:
         if not isinstance(self.compute, Queued):
             event.wait()
 
+    def record(self, timeline: Timeline | None) -> None:
+        """Note what happens from now on in `timeline`, or in none."""
+        self.thread.record(timeline, MODEL if isinstance(self.compute, Queued) else COMPUTE)
+        for stream in (self.predict, self.copy, self.disk, self.compute):
+            if isinstance(stream, ClockStream):
+                stream.record(timeline)
+
     def free_bytes(self) -> int:
         return 1 << 62
 
@@ -378,10 +466,16 @@ class ClockDevice:
 
     def close(self) -> None: ...
 
-    def _pass(self, until: float) -> None:
-        while self._ends and self._ends[0][0] <= until:
+    def _pass(self, seconds: float) -> None:
+        """The host computes so long, and longer while copies are under way."""
+        while True:
+            slower = self._company if self.copy.busy else 1.0
+            until = self.time + seconds * slower
+            if not self._ends or self._ends[0][0] > until:
+                break
+            seconds -= max(0.0, self._ends[0][0] - self.time) / slower
             self._step()
-        self.time = max(self.time, until)
+        self.time = until
 
     def _step(self) -> None:
         time, _, fn, args = heappop(self._ends)

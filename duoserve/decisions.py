@@ -1,5 +1,5 @@
-"""What a run decided by the clock: which copy was there in time, which guess could be withdrawn, when a ranking came. Notes the
-answers, or repeats noted ones, so that the same passes on another machine, or another clock, take the same slots and
+"""What a run decided by the clock: which copy was there in time, which guess could be withdrawn, when a ranking came. Notes
+the answers, or repeats noted ones, so that the same passes on another machine, or another clock, take the same slots and
 move the same bytes. Knows questions and answers; knows nothing of experts, streams or seconds. Imports no torch.
 
 Two threads ask, one at a time: every section behind the lock of the transfer begins with `tick`. A ranking made on the
@@ -78,8 +78,8 @@ class Repeating(Decisions):
 
     @property
     def over(self) -> bool:
-        """Whether all that was noted was asked again."""
-        return not self._answers and not self._rankings
+        """Whether all that was noted was asked again, but for rankings that came behind the end."""
+        return not self._answers and all(ranked.ticks >= self._ticks for ranked in self._rankings)
 
     def tick(self) -> None:
         while self._rankings and self._rankings[0].ticks == self._ticks and self._rankings[0].number in self._held:

@@ -34,6 +34,7 @@ from duoserve.shelf import cache_dir, note_use, refuse_half_made
 from duoserve.sizing import CACHE
 from duoserve.store import Store
 from duoserve.system import give_back, use_threads
+from duoserve.timeline import Timeline
 
 DEMO = Path(__file__).parent / "demo"
 DEFAULT_NEW_TOKENS = 512
@@ -292,9 +293,25 @@ class Engine:
             )
         self.runtime.predict(predictor, always)
 
+    def record(self, timeline: Timeline | None) -> None:
+        """Note what happens from the next pass on in `timeline`, until None is given. Tokens do not depend on it."""
+        self.runtime.record(timeline)
+
     def routers(self) -> list[Router | None]:
         """The model's routers as plain values, one for each MoE layer; None where a family keeps them in another shape."""
         return routers_of(self.model, [layer.module for layer in self.store.layers])
+
+    def about(self) -> dict[str, str]:
+        """What runs here, in words: for whoever writes figures down."""
+        plan = self.plan
+        return {
+            "model": self.store.folder.name,
+            "policy": self.runtime.policy.value,
+            "residency": f"{plan.slots} of {plan.experts} experts",
+            "format": self.store.format,
+            "device": self.device.name,
+            "threads": str(torch.get_num_threads()),
+        }
 
     def stats(self) -> dict[str, Any]:
         """Figures since loading: experts hit, in flight, missed; bytes; planned against used memory. Bytes and seconds."""
@@ -341,6 +358,7 @@ class Engine:
             "bytes_moved": copy.cost_done,
             "link_busy_s": copy.busy_s,
             "link_gbps": copy.cost_done / copy.busy_s / 1e9 if copy.busy_s else None,
+            "stall_s": dict(self.runtime.stalls),
             "budget_bytes": self.plan.budget_bytes,
             "planned_bytes": sum(planned.values()),
             "used_bytes": sum(used.values()),

@@ -19,7 +19,7 @@ from duoserve.sighted import Sighted
 from duoserve.transfer import POLITE, Manners, Transfer
 from duoserve.wholelayer import WholeLayer
 
-Think = Callable[[Callable[[], None], int, bool], object]
+Think = Callable[[Callable[[], None], int, int, bool], object]
 
 
 class Schedule(Protocol):

@@ -175,8 +175,15 @@ def stats_text(s: dict[str, Any], reused: int) -> str:
         f"{s['slots']} of {s['experts']} fit\n"
         f"guesses       {_guesses(s)}\n"
         f"moved         {size(s['bytes_moved'])}, {link}\n"
+        f"stalled       {_stalls(s['stall_s'])}\n"
         f"memory        {size(s['used_bytes'])} used of {size(s['planned_bytes'])} planned, budget {size(s['budget_bytes'])}"
     )
+
+
+def _stalls(by_cause: dict[str, float]) -> str:
+    """Seconds that compute waited, by cause, the longest first."""
+    waited = sorted((cause for cause, s in by_cause.items() if s >= 0.0005), key=lambda cause: -by_cause[cause])
+    return ", ".join(f"{by_cause[cause]:.3f} s {cause}" for cause in waited) or "never"
 
 
 def _guesses(s: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ a `ClockDevice`. Knows what a pass chose and what work costs; knows nothing of t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -18,11 +18,27 @@ from duoserve.core import Key, Phase, Policy, Predictor, Route, Step, When
 from duoserve.decisions import Decisions
 from duoserve.device import Device
 from duoserve.future import Future
-from duoserve.moe import Work, open_runtime
+from duoserve.moe import Runtime, Work, open_runtime
 from duoserve.store import Store
+from duoserve.timeline import Timeline
 from duoserve.transfer import Counts, HostTier
 
-__all__ = ["Costs", "Foreseeing", "Link", "Outcome", "Pass", "PassTime", "Shape", "Simulation", "passes", "simulate"]
+__all__ = [
+    *(
+        "Costs",
+        "Driver",
+        "Foreseeing",
+        "Link",
+        "Outcome",
+        "Pass",
+        "PassTime",
+        "Shape",
+        "Simulation",
+        "Slabs",
+        "counted",
+    ),
+    *("passes", "simulate"),
+]
 
 
 @dataclass(frozen=True)
@@ -110,82 +126,47 @@ def simulate(
     always: bool = False,
     asynchronous: bool = False,
     decisions: Decisions | None = None,
+    timeline: Timeline | None = None,
+    future: Future | None = None,
 ) -> Outcome:
     """Run the passes one after the other. `always`: guess also where it is not measured to pay. `decisions`: those of a
-    recorded run, to be repeated."""
+    recorded run, to be repeated. `future`: what the passes choose, for a policy that knows it."""
     simulation = Simulation(shape, costs, link, policy, disk=disk, predictor=predictor, always=always,
                             asynchronous=asynchronous, decisions=decisions)  # fmt: skip
-    if policy is Policy.BELADY:
-        passes = list(passes)
-        simulation.runtime.foresee(Future(shape.experts, (one.chosen for one in passes)))
+    simulation.runtime.record(timeline)
+    if future is not None:
+        simulation.runtime.foresee(future)
     for one in passes:
         simulation.run(one)
+    simulation.runtime.record(None)
     return simulation.outcome()
 
 
-class Simulation:
-    """A runtime on a virtual machine; `run` passes, then ask for the `outcome`."""
+class Driver:
+    """Takes passes with known routes through a runtime, of whatever device. `compute` takes a stock model's seconds."""
 
-    def __init__(
-        self,
-        shape: Shape,
-        costs: Costs,
-        link: Link,
-        policy: Policy,
-        *,
-        disk: Link | None = None,
-        predictor: Predictor | None = None,
-        always: bool = False,
-        asynchronous: bool = False,
-        decisions: Decisions | None = None,
-    ):
-        self.shape, self.costs = shape, costs
-        self.device = ClockDevice(link, disk if shape.host_slots else None, asynchronous, costs.launch_s)
-        device, store = cast(Device, self.device), cast(Store, _Slabs(shape))  # they stand in for the real ones
-        host = HostTier(device, store, shape.host_slots) if shape.host_slots else None
-        if host is not None:
-            host.fill()
-        self.runtime = open_runtime(device, store, shape.slots, policy, host)
-        if predictor is not None:
-            self.runtime.predict(_Timed(predictor, self.device, costs.predict_s), always)
-        if decisions is not None:
-            self.runtime.decide(decisions)
+    def __init__(self, runtime: Runtime, costs: Costs, compute: Callable[[float], Any]):
+        self.runtime, self.costs, self._compute = runtime, costs, compute
         self._expert_s: dict[tuple[int, int], float] = {}
-        self._times: list[PassTime] = []
+        self.times: list[PassTime] = []
 
     def run(self, one: Pass) -> float:
         """Seconds of one pass."""
-        began = self.device.now()
-        layers = len(self.shape.experts)
+        runtime, device = self.runtime, self.runtime.device
+        began = device.now()
         step = self._step(one)
-        self.runtime.begin(step)
+        runtime.begin(step)
         for layer, tokens in enumerate(one.chosen):
             self._enter(step, one, layer)
             self._compute(self.costs.trunk_s(layer, one.rows, one.phase))
-            self.device.read(None)
             self._spoken(step, one, layer)
             last = Work(_nothing, self.costs.combine_s(layer, one.rows))
-            done = self.runtime.bring(layer, one.rows, dict(tokens), self._work(layer, tokens), last)
-            self.device.join(done)
-        self._compute(self.costs.trunk_s(layers, one.rows, one.phase))
-        self.device.read(None)
-        self.runtime.finish()
-        seconds = self.device.now() - began
-        self._times.append(PassTime(one.phase, one.rows, seconds))
+            device.join(runtime.bring(layer, one.rows, dict(tokens), self._work(layer, tokens), last))
+        self._compute(self.costs.trunk_s(len(one.chosen), one.rows, one.phase))
+        runtime.finish()
+        seconds = device.now() - began
+        self.times.append(PassTime(one.phase, one.rows, seconds))
         return seconds
-
-    def outcome(self) -> Outcome:
-        copy, disk = self.device.copy, self.device.disk
-        return Outcome(
-            passes=tuple(self._times),
-            counts=self.runtime.transfer.counts(),
-            moved_bytes=int(copy.cost_done),
-            link_busy_s=copy.busy_s,
-            disk_bytes=int(disk.cost_done) if disk is not None else 0,
-            disk_busy_s=disk.busy_s if disk is not None else 0.0,
-            total_s=self.device.now(),
-            prediction=self.runtime.ahead.stats(),
-        )
 
     def _step(self, one: Pass) -> Step:
         step = Step(self.runtime.steps, one.phase, one.rows)
@@ -205,10 +186,7 @@ class Simulation:
             known = one.step.routes[layer] if one.step is not None else Route(layer, ids, torch.empty(0))
             step.routes.append(known)
 
-    def _compute(self, seconds: float) -> None:
-        self.device.compute.submit(_nothing, cost=seconds)
-
-    def _work(self, layer: int, tokens: Mapping[int, int]) -> Any:
+    def _work(self, layer: int, tokens: Mapping[int, int]) -> Callable[[Slot], Work]:
         known = self._expert_s
 
         def work(slot: Slot) -> Work:
@@ -219,6 +197,54 @@ class Simulation:
             return Work(_nothing, seconds)
 
         return work
+
+
+class Simulation(Driver):
+    """A runtime on a virtual machine; `run` passes, then ask for the `outcome`."""
+
+    def __init__(
+        self,
+        shape: Shape,
+        costs: Costs,
+        link: Link,
+        policy: Policy,
+        *,
+        disk: Link | None = None,
+        predictor: Predictor | None = None,
+        always: bool = False,
+        asynchronous: bool = False,
+        decisions: Decisions | None = None,
+    ):
+        self.device = ClockDevice(link, disk if shape.host_slots else None, asynchronous, costs.launch_s)
+        device, store = cast(Device, self.device), cast(Store, Slabs(shape))  # they stand in for the real ones
+        host = HostTier(device, store, shape.host_slots) if shape.host_slots else None
+        if host is not None:
+            host.fill()
+        runtime = open_runtime(device, store, shape.slots, policy, host)
+        if predictor is not None:
+            runtime.predict(_Timed(predictor, self.device, costs.predict_s), always)
+        if decisions is not None:
+            runtime.decide(decisions)
+        super().__init__(runtime, costs, self._on_gpu if asynchronous else self.device.spend)
+
+    def outcome(self) -> Outcome:
+        copy, disk = self.device.copy, self.device.disk
+        return Outcome(
+            passes=tuple(self.times),
+            counts=self.runtime.transfer.counts(),
+            moved_bytes=int(copy.cost_done),
+            link_busy_s=copy.busy_s,
+            disk_bytes=int(disk.cost_done) if disk is not None else 0,
+            disk_busy_s=disk.busy_s if disk is not None else 0.0,
+            total_s=self.device.now(),
+            prediction=self.runtime.ahead.stats(),
+            stalls=dict(self.runtime.stalls),
+        )
+
+    def _on_gpu(self, seconds: float) -> None:
+        """The host waits for what comes of it: a route, or logits."""
+        self.device.compute.submit(_nothing, cost=seconds)
+        self.device.read(None)
 
 
 def passes(step: Step, decode_S: torch.Tensor, experts: Sequence[int]) -> Iterator[Pass]:
@@ -266,15 +292,11 @@ class Foreseeing:
         self.name = "oracle" if accuracy == 1 else f"oracle at {accuracy:.0%}"
         self._passes, self._experts, self._accuracy = passes, experts, accuracy
         self._random = torch.Generator().manual_seed(seed)
-        self._at = -1
-        self._seen: Step | None = None
 
     def when(self, layer: int) -> When | None:
         return When.ROUTE if layer >= self.lead else When.START
 
     def rank(self, step: Step, layer: int) -> torch.Tensor:
-        if step is not self._seen:
-            self._seen = step
         scores = torch.zeros(self._experts[layer])
         scores[list(self._passes[step.index].chosen[layer])] = 1.0
         if self._accuracy < 1:
@@ -314,7 +336,7 @@ class _Layer(NamedTuple):
     slab_bytes: int
 
 
-class _Slabs:
+class Slabs:
     """Stands in for a store: sizes, no bytes."""
 
     slab_bytes = 0  # of a slot's memory: there is none

@@ -26,6 +26,7 @@ from duoserve.decisions import Decisions
 from duoserve.device import DONE, Device, Event, host_arena
 from duoserve.int4 import Scratch
 from duoserve.store import Store
+from duoserve.timeline import READY, SLOT, WRONG
 
 
 class Counts(NamedTuple):
@@ -176,6 +177,8 @@ class Transfer:
                     withdrawn += 1  # a need took its slot
                 elif layer is not None and key.expert in needed:
                     done = self.decisions.said("ready", guess.copy.done)
+                    if done:
+                        guess.copy.why.said = READY
                     self.ready, self.late = self.ready + done, self.late + (not done)
                     began += done or not self.decisions.said("queued", self.device.copy.queued(guess.copy))
                 elif not self.manners.stays and self.decisions.cancelled(self.device.copy, guess.copy):
@@ -183,6 +186,7 @@ class Transfer:
                     self.guesses -= 1
                     withdrawn += 1
                 else:
+                    guess.copy.why.said = WRONG
                     self.wrong += 1
                     began += 1
         return began, withdrawn
@@ -219,14 +223,16 @@ class Transfer:
             self.waiting = len(absent)
         self.hits, self.in_flight = self.hits + len(resident), self.in_flight + len(arriving)
         self.misses += len(absent)
+        short = False  # of slots
         try:
             while resident or arriving or absent:
                 while absent and (at_once is None or len(arriving) < at_once):
-                    slot = self._demand(absent[0])
+                    slot = self._demand(absent[0], short)
                     if slot is None:
                         break
                     absent.popleft()
                     arriving.append(slot)
+                short = True
                 assert resident or arriving, f"no slot is free for {absent[0]} and none will be"
                 yield (resident or arriving).popleft()
         finally:  # an error above leaves nothing pinned
@@ -234,14 +240,16 @@ class Transfer:
             for slot in (*resident, *arriving):
                 self.abandon(slot)
 
-    def _demand(self, key: Key) -> Slot | None:
-        """A slot that is being filled with what is needed now; None while all are in use."""
+    def _demand(self, key: Key, short: bool) -> Slot | None:
+        """A slot that is being filled with what is needed now; None while all are in use. `short`: it waited for one."""
         with self.lock:
             self.decisions.tick()
             slot = self.cache.claim(key)
             if slot is not None:
                 self.waiting -= 1
                 self.fetch(slot, Lane.DEMAND)
+                if short:
+                    slot.ready.why.said = SLOT
             return slot
 
     def one_by_one(self, keys: list[Key]) -> Iterator[Slot]:
@@ -259,11 +267,18 @@ class Transfer:
                     self.hits += 1
                     self.cache.pin(slot)
             try:
-                slot.ready.wait()
+                self._await(slot)
             except BaseException:
                 self.abandon(slot)
                 raise
             yield slot
+
+    def _await(self, slot: Slot) -> None:
+        """The model's thread waits for a copy; raises what that raised."""
+        if slot.ready.done:
+            slot.ready.wait()
+        else:
+            self.device.thread.wait(slot.ready.wait, slot.ready.why.stall, slot.key)
 
     def _hurry(self, slot: Slot) -> None:
         """A guess turned out to be needed: it is a demand now, on the way from the disk as well."""

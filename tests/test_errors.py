@@ -33,6 +33,7 @@ from duoserve.future import Future
 from duoserve.needs import count_passes
 from duoserve.outlook import look
 from duoserve.profile import read_profile
+from duoserve.runfile import Run, read_run, write_run
 from duoserve.store import Store
 from predictor.load import load_folder
 from traces.store import Traces
@@ -113,6 +114,12 @@ def flip(path: Path, at: int) -> None:
 def manifest(folder: Path, **changes: Any) -> None:
     path = folder / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def recorded(kit: Kit) -> Path:
+    """A run of a second in which nothing happened."""
+    write_run(kit.tmp / "run.json", Run(1.0, [], {}, {}))
+    return kit.tmp / "run.json"
 
 
 def cut(path: Path, by: int) -> None:
@@ -384,6 +391,15 @@ CASES: list[tuple[str, str, int, str, Callable[[Kit], Any]]] = [
      lambda k: k.command("trace-stats", str(k.tmp))),
     ("E_TRACE", "a trace from the future", 5, r"version 9, this program reads \d+; record",
      lambda k: Traces(k.folder(trace__json={"schema": 9}))),
+    ("E_RUN", "a run that is not there", 3, r"there is no .*/none; record one", lambda k: read_run(k.tmp / "none")),
+    ("E_RUN", "a run from the future", 5, r"run\.json is no recorded run .*; record one",
+     lambda k: read_run(k.folder(run__json={"kind": "duoserve-run", "version": 9}) / "run.json")),
+    ("E_OPTION", "a pass that was not recorded", 2, r"--step 3 of 0 passes; count from 0",
+     lambda k: k.command("timeline", str(recorded(k)), "--step", "3")),
+    ("E_OPTION", "a time beyond the run", 2, r"from 5000 to 6000 ms of a run of 1000 ms; give",
+     lambda k: k.command("timeline", str(recorded(k)), "--from", "5000", "--to", "6000")),
+    ("E_IO", "a recording into no folder", 2, r"none is no folder; give",
+     lambda k: k.command("chat", "-p", "x", "--timeline", str(k.tmp / "none" / "run.json"))),
     ("E_CTX", "a batch beyond the plan", 4, r"1 x 17 tokens do not fit the 16 .*; load with a larger --ctx",
      lambda k: k.load(k.toy("mixtral"), ctx=16).model(toys.ids(1, 17))),
     ("E_TEMPLATE", "messages that are none", 2, r"0 messages.*; pass", lambda k: k.load().generate([])),

@@ -130,14 +130,15 @@ def test_a_recorded_run_repeats_itself_in_virtual_time(runtimes: Any, policy: Po
     runtime.decide(noting)
     if asks:
         runtime.predict(Dice(EXPERTS))
-    if policy is Policy.BELADY:
-        runtime.foresee(Future([EXPERTS] * LAYERS, passes))
+    future = Future([EXPERTS] * LAYERS, passes) if policy is Policy.BELADY else None
+    if future is not None:
+        runtime.foresee(future)
     run(runtime, passes, prompts=3)
     slab, n_moved = runtime.transfer.slab_bytes, moved(runtime)
     shape = Shape((EXPERTS,) * LAYERS, (slab,) * LAYERS, slots)
     outcome = simulate(
         shape, Costs(), Link(1e9), policy, list(as_passes(passes, 3)), predictor=Dice(EXPERTS) if asks else None,
-        decisions=(repeating := Repeating(noting.answers, noting.rankings)),
+        decisions=(repeating := Repeating(noting.answers, noting.rankings)), future=future,
     )  # fmt: skip
     assert repeating.over and outcome.counts == runtime.transfer.counts()
     assert n_moved - len(runtime.cache.slots) <= outcome.moved_bytes / slab <= n_moved  # some are under way at the end

@@ -14,11 +14,14 @@ FLOORS = {
     0: {
         *("version", "core", "config", "device", "native", "int4", "codec", "checkpoint", "folder", "published"),
         *("hub", "sizing", "durable", "headers", "attention", "routers", "benefit", "system", "sampling", "stopping"),
-        *("decisions", "foresight", "future"),
+        *("timeline", "decisions", "foresight", "future"),
     },
-    1: {"store", "cache", "clock", "experts", "trunk", "manifest", "shelf"},
-    2: {"convert", "transfer", "profile"},
-    3: {"prefill", "decode", "ahead", "wholelayer", "paper", "activation", "sighted", "estimate"},
+    1: {"store", "cache", "clock", "experts", "trunk", "manifest", "shelf", "runfile"},
+    2: {"convert", "transfer", "profile", "lanes"},
+    3: {
+        *("prefill", "decode", "ahead", "wholelayer", "paper", "activation", "sighted", "estimate"),
+        *("chrometrace", "picture"),
+    },
     4: {"moe", "policies"},
     5: {"plan", "simulate", "together"},
     6: {"model", "needs"},
@@ -26,7 +29,7 @@ FLOORS = {
     8: {"conversation", "outlook", "measure", "service"},
     9: {"repl", "doctor"},
     10: {"opening"},
-    11: {"tracing", "learning"},
+    11: {"tracing", "learning", "showing"},
     12: {"cli"},
 }
 ROOF = {"opening", "tracing", "learning", "cli"}  # these alone put what learns and what serves together
@@ -40,6 +43,8 @@ SIDE_BY_SIDE = {
     ("moe", "policies"),
     ("decode", "ahead"),
     ("device", "core"),
+    ("device", "timeline"),
+    ("timeline", "core"),
     ("device", "system"),
     ("codec", "core"),
     ("codec", "int4"),
