@@ -76,15 +76,17 @@ class Activation(Foresight):
         if self._spoken is not None and self.predictor is not None:
             step, layer = self._spoken
             self._asked += 1
-            self._think(lambda: self._rank(step, layer), layer + 1, self._asked, False)
+            number = self._asked
+            self._think(lambda: self._rank(step, layer, number), layer + 1, number, False)
         self._spoken = None
         self.push()
 
     def push(self) -> None:
-        said = self._transfer.decisions.said
-        while self._under_way and said("arrived", self._under_way[0].done):
-            self._under_way.popleft()
+        decisions = self._transfer.decisions
         with self._transfer.lock:
+            decisions.tick()
+            while self._under_way and decisions.said("arrived", self._under_way[0].done):
+                self._under_way.popleft()
             while len(self._under_way) < AT_ONCE:
                 key = self._cache.wanted()
                 slot = self._transfer.guess(key) if key is not None else None
@@ -125,20 +127,25 @@ class Activation(Foresight):
         until = (self._layer - self._turn - 1) % layers / layers
         self._cache.appraise(np.where(share > 0, share * (1 - until), NOTHING * (1 + until)))
 
-    def _rank(self, step: Step, layer: int) -> None:
+    def _rank(self, step: Step, layer: int, number: int) -> None:
         """What the predictor says of the layers next to come; on its thread."""
-        predictor, layers = self.predictor, len(self._experts)
-        if predictor is None:
-            return
-        for near in range(layer + 1, min(layer + 1 + NEAR, layers)):
-            if predictor.when(near) is None:
+        told = self._told(step, layer)
+        with self._transfer.lock:
+            self._transfer.decisions.ranked(number, [])
+            self._near |= told
+            self._appraise()
+
+    def _told(self, step: Step, layer: int) -> dict[int, np.ndarray]:
+        """Shares, by layer."""
+        found: dict[int, np.ndarray] = {}
+        predictor = self.predictor
+        for near in range(layer + 1, min(layer + 1 + NEAR, len(self._experts))):
+            if predictor is None or predictor.when(near) is None:
                 continue
             try:
-                told = predictor.rank(step, near).clamp(min=0).double().numpy()
+                scores = predictor.rank(step, near).clamp(min=0).double().numpy()
             except Exception as error:  # tokens do not depend on it
                 self.error, self.predictor = f"{type(error).__name__}: {error}", None
-                return
-            with self._transfer.lock:
-                self._near[near] = told / max(told.sum(), 1e-9)
-        with self._transfer.lock:
-            self._appraise()
+                break
+            found[near] = scores / max(scores.sum(), 1e-9)
+        return found

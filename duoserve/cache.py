@@ -134,7 +134,7 @@ class ExpertCache:
         return slot
 
     def take(self, slot: Slot, key: Key) -> None:
-        """Give a key this slot, pinned: one that was offered, or any that is not pinned."""
+        """Give a key this slot, pinned: one that was offered, or any with a key that is not pinned."""
         assert self._slot[self._at(key)] < 0 and slot.pins == 0, (key, slot)
         if slot.key is None:
             if self._free[-1] is not slot:

@@ -63,12 +63,17 @@ class Link:
 
     Without `alone` the wire takes them one after the other, and `latency_s` is what a copy takes beside the wire. With it
     they share: one copy gets `alone`, several `bytes_per_s` together (a disk), each after its latency.
+
+    What copies cost whoever computes on the host: `submit_s` to hand one over, and, while any is under way, `company` times
+    the time (memory and cores are shared).
     """
 
     bytes_per_s: float
     latency_s: float = 0.0
     workers: int = 2
     alone: float | None = None
+    submit_s: float = 0.0
+    company: float = 1.0
 
 
 class Moment:
@@ -118,8 +123,8 @@ class _Job:
 class ClockStream:
     """`device.WorkerStream` in virtual time; a job's `cost` is its seconds."""
 
-    def __init__(self, device: ClockDevice, name: str, workers: int = 1, in_order: bool = False):
-        self.device, self.name = device, name
+    def __init__(self, device: ClockDevice, name: str, workers: int = 1, in_order: bool = False, submit_s: float = 0.0):
+        self.device, self.name, self._submit_s = device, name, submit_s
         self._workers, self._in_order = workers, in_order
         self._demand: deque[_Job] = deque()
         self._ahead: deque[_Job] = deque()
@@ -129,6 +134,10 @@ class ClockStream:
         self._timeline: Timeline | None = None
         self._busy_since = self._busy_s = 0.0
         self.cost_done: float = 0
+
+    @property
+    def busy(self) -> bool:
+        return self._active > 0
 
     @property
     def busy_s(self) -> float:
@@ -152,6 +161,7 @@ class ClockStream:
                 job.pending += 1
         (self._ahead if lane else self._demand).append(job)
         self.start()
+        self.device.owed_s += self._submit_s
         return job.event
 
     def cancel(self, event: Any) -> bool:
@@ -258,7 +268,7 @@ class Wire(ClockStream):
     """Copies one after the other; the latency of one overlaps the next."""
 
     def __init__(self, device: ClockDevice, name: str, link: Link):
-        super().__init__(device, name, link.workers)
+        super().__init__(device, name, link.workers, submit_s=link.submit_s)
         self._link, self._free_at = link, 0.0
 
     def _begin(self, job: _Job) -> None:
@@ -270,7 +280,7 @@ class Shared(ClockStream):
     """Copies that share a rate, each after its latency; a disk."""
 
     def __init__(self, device: ClockDevice, name: str, link: Link):
-        super().__init__(device, name, link.workers)
+        super().__init__(device, name, link.workers, submit_s=link.submit_s)
         assert link.alone is not None, link
         self._latency_s, self._rates = link.latency_s, (link.alone, link.bytes_per_s)
         self._left: dict[_Job, float] = {}  # bytes of those that are past their latency
@@ -365,14 +375,13 @@ class Queued(ClockStream):
     """Compute as a stream of its own, in order; handing over a job takes the host `launch_s`."""
 
     def __init__(self, device: ClockDevice, launch_s: float):
-        super().__init__(device, "compute", in_order=True)
-        self._launch_s = launch_s
+        super().__init__(device, "compute", in_order=True, submit_s=launch_s)
         self.last: Moment | Event = DONE
 
     def submit(self, *args: Any, **named: Any) -> Moment:
         event = super().submit(*args, **named)
         self.last = event
-        self.device.spend(self._launch_s)
+        self.device.spend(0.0)
         return event
 
 
@@ -391,6 +400,8 @@ class ClockDevice:
         self._numbered = 0
         self.thread = ModelThread(self.now)
         self.host = getcurrent()
+        self.owed_s = 0.0  # host time for what was handed over; paid when the host next lets time pass, behind no lock
+        self._company = link.company
         self.compute: Inline | Queued = Queued(self, launch_s) if asynchronous else Inline(self)
         self.copy = _road(self, "copy", link)
         self.disk = _road(self, "disk", disk) if disk is not None else None
@@ -403,7 +414,8 @@ class ClockDevice:
         """The host, or whoever thinks on the predictor's stream, takes so long."""
         thinking = getcurrent()
         if thinking is self.host:
-            self._pass(self.time + seconds)
+            seconds, self.owed_s = seconds + self.owed_s, 0.0
+            self._pass(seconds)
         else:
             self.at(self.time + seconds, thinking.switch)
             self.host.switch()
@@ -411,6 +423,8 @@ class ClockDevice:
     def wait_for(self, event: Moment) -> None:
         """The host waits."""
         assert getcurrent() is self.host, "whoever guesses never waits"
+        if self.owed_s:
+            self.spend(0.0)
         while not event.done:
             assert self._ends, "nothing that runs leads to the event"
             self._step()
@@ -452,10 +466,16 @@ class ClockDevice:
 
     def close(self) -> None: ...
 
-    def _pass(self, until: float) -> None:
-        while self._ends and self._ends[0][0] <= until:
+    def _pass(self, seconds: float) -> None:
+        """The host computes so long, and longer while copies are under way."""
+        while True:
+            slower = self._company if self.copy.busy else 1.0
+            until = self.time + seconds * slower
+            if not self._ends or self._ends[0][0] > until:
+                break
+            seconds -= max(0.0, self._ends[0][0] - self.time) / slower
             self._step()
-        self.time = max(self.time, until)
+        self.time = until
 
     def _step(self) -> None:
         time, _, fn, args = heappop(self._ends)

@@ -31,12 +31,13 @@ class Sighted(Foresight):
     def foresee(self, future: Future) -> None:
         """The passes from the next on will choose so."""
         assert future.experts == tuple(self._experts), (future.experts, self._experts)
-        self._future, self._next = future, future.soonest.copy()  # the turn that each expert is needed next
+        self._future, self._next = future, future.soonest.copy()  # the turn that each expert is needed next,
+        self._told = _worth(self._next)  # and what it is worth for that
         self._pass, self._turn = -1, -1
         self._until = 0  # the turn before which nothing can be done
         self._otherwise = 0  # turns that went otherwise than was foreseen
         with self._transfer.lock:
-            self._cache.appraise(_worth(self._next))
+            self._cache.appraise(self._told)
 
     def begin(self, step: Step) -> None:
         self._pass += 1
@@ -47,11 +48,11 @@ class Sighted(Foresight):
     def spoken(self, step: Step | None, layer: int, tokens: Mapping[int, int]) -> None:
         self._turn = self._pass * len(self._experts) + layer
         experts, following = self._future.between(self._turn, self._turn + 1)
-        self._next[experts] = following
+        self._next[experts], self._told[experts] = following, _worth(following)
         if self._turn < self._future.turns:
             self._otherwise += set((experts - self._first[layer]).tolist()) != set(tokens)
         with self._transfer.lock:
-            self._cache.appraise(_worth(following), experts)
+            self._cache.appraise(self._told[experts], experts)
             self._transfer.met(layer, tokens)
 
     def push(self) -> None:
@@ -72,7 +73,7 @@ class Sighted(Foresight):
             self._until = self._turn + 1
             return False
         turn = self._next[self._first[key.layer] + key.expert]
-        then = _worth(self._next)
+        then = self._told.copy()
         experts, following = self._future.between(self._turn + 1, turn)
         then[experts] = _worth(following)  # of one that is used several times until then, the last counts
         slot = self._cache.least(then)
