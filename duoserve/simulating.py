@@ -192,37 +192,46 @@ def replace_link(profile: Profile, rate: float) -> Profile:
     return replace(profile, disk=tuple(one._replace(bytes_per_s=rate) for one in profile.disk))
 
 
-def generated(name: str, needs: Needs, prompt: int, new: int, batch: int, seed: int) -> list[Pass]:
-    """Passes of `batch` sequences with the habits of the model `name`, or of the one most like it."""
-    from traces.generate import Shape, generate, law_of, passes
+def generated(
+    name: str, needs: Needs, prompt: int, new: int, batch: int, seed: int, like: Path | None = None
+) -> list[Pass]:
+    """Passes of `batch` sequences with the habits of the model `name` or the one most like it, or of the trace `like`."""
+    from traces.generate import Shape, fit_trace, generate, law_of, passes
+    from traces.store import Traces
 
     shape = Shape(tuple(layer.experts for layer in needs.layers), tuple(layer.choices for layer in needs.layers))
-    law = law_of(name, shape)
+    law, popularity_LE = law_of(name, shape), None
+    if like is not None:
+        _same_model(like, Traces(like).about, needs)
+        fitted = fit_trace(Traces(like))
+        law, popularity_LE = fitted.law, fitted.popularity_LE
     # a prompt's pass makes the first token, so new tokens take one pass less where there is a prompt
     tokens = prompt + new - (prompt > 0)
-    made = [generate(law, shape, tokens, seed * batch + at) for at in range(batch)]
+    made = [generate(law, shape, tokens, seed * batch + at, popularity_LE) for at in range(batch)]
     return [as_pass(step, shape.experts) for step in passes(made, prompt)]
 
 
-def recorded(folder: Path, needs: Needs | None, limit: int | None) -> list[Pass]:
-    """Passes of a trace's sequences, one after the other, at most `limit`."""
+def recorded(folder: Path, needs: Needs) -> list[Pass]:
+    """Passes of a trace's sequences, one after the other."""
     from traces.generate import replayed
     from traces.store import Traces
 
     traces = Traces(folder)
-    about = traces.about
-    wanted = [(layer.experts, layer.choices) for layer in needs.layers] if needs else None
-    if wanted is not None and wanted != list(zip(about.experts, about.choices, strict=True)):
-        what = f"{folder} is of {len(about.experts)} layers of {max(about.experts)} experts, the model has {len(wanted)} of"
-        raise Refusal("E_TRACE", f"{what} {max(e for e, _ in wanted)}", "name the model that was traced")
+    _same_model(folder, traces.about, needs)
     found: list[Pass] = []
     for one in traces.sequences(hidden=False):
         for step in replayed(one):
             step.index = len(found)
-            found.append(as_pass(step, about.experts))
-            if limit is not None and len(found) == limit:
-                return found
+            found.append(as_pass(step, traces.about.experts))
     return found
+
+
+def _same_model(folder: Path, about: Any, needs: Needs) -> None:
+    wanted = [(layer.experts, layer.choices) for layer in needs.layers]
+    if wanted != list(zip(about.experts, about.choices, strict=True)):
+        theirs = f"{len(about.experts)} layers of {max(about.experts)} experts"
+        what = f"{folder} is of {theirs}, the model has {len(wanted)} of {max(e for e, _ in wanted)}"
+        raise Refusal("E_TRACE", what, "name the model that was traced")
 
 
 def as_pass(step: Step, experts: Sequence[int]) -> Pass:
@@ -286,6 +295,10 @@ def simulate(
     slots: Annotated[int | None, typer.Option(min=1, help="Experts that fit on the device.")] = None,
     residency: Annotated[str, typer.Option(help="The same as a share of all experts; used without --slots.")] = "50%",
     trace: Annotated[Path | None, typer.Option("--trace", help="Replay a folder that `duoserve trace` made.")] = None,
+    like: Annotated[
+        Path | None,
+        typer.Option("--like", help="Make routes with the habits of this trace, instead of published ones."),
+    ] = None,
     prompt_tokens: Annotated[int, typer.Option(min=0, help="Of generated routes: tokens of a prompt.")] = 128,
     new_tokens: Annotated[int, typer.Option(min=1, help="Of generated routes: tokens that are made.")] = 128,
     batch: Annotated[int, typer.Option(min=1, help="Sequences that run together.")] = 1,
@@ -319,10 +332,10 @@ def simulate(
             "E_OPTION", f"{machine} has no rate for {needs.expert_format}, 1 is needed", "choose another --format"
         )
     if trace is not None:
-        passes, context = recorded(trace, needs, None), 512
+        passes, context = recorded(trace, needs), 512
     else:
         passes, context = (
-            generated(name, needs, prompt_tokens, new_tokens, batch, seed),
+            generated(name, needs, prompt_tokens, new_tokens, batch, seed, like),
             prompt_tokens + new_tokens // 2,
         )
     scene = Scene(needs, profile, Policy(policy), fitting, rate, recall, context=context, batch=batch)

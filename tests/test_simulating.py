@@ -103,6 +103,10 @@ def test_a_trace_is_replayed(toy: Any, load: Any, tmp_path: Path, capsys: pytest
     run("simulate", toy("mixtral"), "--machine", "rtx4090", "--trace", tmp_path / "t", "--policy", "lru", "--json")
     found = json.loads(capsys.readouterr().out)
     assert found["passes"] == 9 and found["hits"] + found["in_flight"] + found["misses"] == 8 * 3 * 2
+    made = ("--like", tmp_path / "t", "--prompt-tokens", 4, "--new-tokens", 5, "--policy", "lru", "--json")
+    run("simulate", toy("mixtral"), "--machine", "rtx4090", *made)
+    found = json.loads(capsys.readouterr().out)
+    assert found["routes"] == "generated" and found["passes"] == 5
     with pytest.raises(Refusal, match=r"E_TRACE: .* is of 3 layers of 6 experts, the model has 24 of 32"):
         run("simulate", "gpt-oss-20b", "--machine", "rtx4090", "--trace", tmp_path / "t")
 
