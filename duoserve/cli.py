@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from duoserve import benching, learning, showing, tracing
+from duoserve import benching, learning, showing, simulating, tracing
 from duoserve.config import size
 from duoserve.core import Refusal, nearest
 from duoserve.version import __version__
@@ -51,7 +51,10 @@ Dtype = Annotated[str | None, typer.Option(help="Arithmetic and trunk: bfloat16,
 DeviceName = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
 Ctx = Annotated[str | None, typer.Option(help="Tokens of context to plan for, such as 4096 or 32k.")]
 PolicyName = Annotated[
-    str, typer.Option("--policy", help="duoserve; or lru, on-demand: the same slots without guesses, to compare with.")
+    str,
+    typer.Option(
+        "--policy", help="duoserve; or, on the same slots, to compare with: lru, on-demand, lfp, mif, duoserve-paper."
+    ),
 ]
 PredictorName = Annotated[
     str | None,
@@ -62,6 +65,7 @@ PredictorName = Annotated[
 Link = Annotated[
     str | None, typer.Option(help="Slow copies to so many bytes per second, such as 500MB: for experiments, CPU only.")
 ]
+Slots = Annotated[str | None, typer.Option(help="At most so many slots, or top-k: what one layer's token chooses.")]
 Threads = Annotated[int | None, typer.Option(help="Threads of arithmetic. Default: the real cores that may be used.")]
 CacheDir = Annotated[str | None, typer.Option(help="Where converted stores are kept.")]
 
@@ -102,10 +106,11 @@ def chat(
     timeline: Annotated[
         Path | None, typer.Option("--timeline", help="Record what happens when, for `duoserve timeline FILE`.")
     ] = None,
+    slots: Slots = None,
 ) -> None:
     """Chat with a model in the terminal, or answer one --prompt."""
     where = {"budget": budget, "format": format, "trunk": trunk, "dtype": dtype, "device": device, "ctx": ctx}
-    more = {"cache_dir": cache_dir, "threads": threads, "policy": policy, "link": link}
+    more = {"cache_dir": cache_dir, "threads": threads, "policy": policy, "link": link, "slots": slots}
     if timeline is not None and not timeline.parent.is_dir():  # said before a model is loaded
         raise Refusal("E_IO", f"{timeline.parent} is no folder", "give a file in one that is there")
     with _engine(model, where | more, predictor) as engine:
@@ -396,6 +401,7 @@ tracing.register(app)
 learning.register(app)
 showing.register(app)
 benching.register(app)
+simulating.register(app)
 
 
 def main() -> None:

@@ -23,6 +23,7 @@ from duoserve.config import EngineConfig, parse_size
 from duoserve.convert import Conversion, Progress, write_store
 from duoserve.core import Policy, Predictor, Refusal, nearest
 from duoserve.device import Device, in_background, open_device
+from duoserve.future import Future
 from duoserve.hub import resolve
 from duoserve.manifest import is_store
 from duoserve.model import load_model
@@ -80,8 +81,9 @@ def load(
     stock float32 model's. `device` auto, cpu, cuda. `threads` of torch's arithmetic, in all of this process (default:
     $OMP_NUM_THREADS, else the real cores that may be used). `predictor` guesses ahead while that pays, its memory counted
     in the budget. `sequences`: how many of `ctx` tokens keys and values are planned for (1). `policy` duoserve, or, to
-    compare with, lru or on-demand (`duoserve.core.Policy`). `link` slows copies to so many bytes per second, for
-    experiments (CPU). `progress` is told of a download or conversion: bytes done, in all, what.
+    compare with, one of `duoserve.core.Policy`. `slots` at most, a number or "top-k" (as many as a token chooses in one
+    layer, as in the paper). `link` slows copies to so many bytes per second, for experiments (CPU). `progress` is told of
+    a download or conversion: bytes done, in all, what.
     Unknown options, and budgets below the smallest, raise `Refusal` (a ValueError) of one line.
     """
     quiet()
@@ -268,6 +270,13 @@ class Engine:
                 "E_TEMPLATE", f"the chat template refused {len(clean)} messages ({error})", "check the roles"
             ) from error
         return encoded["input_ids"]
+
+    def foresee(self, future: Future) -> None:
+        """The passes from the next one on will choose so: for `policy="belady"`, which replays what was recorded."""
+        if future.experts != (experts := tuple(layer.n_experts for layer in self.store.layers)):
+            what = f"the future is of layers with {list(future.experts)} experts, the model has {list(experts)}"
+            raise Refusal("E_OPTION", what, "record this model")
+        self.runtime.foresee(future)
 
     def predict(self, predictor: Predictor | None, always: bool = False) -> None:
         """Let decode guess with `predictor` from the next pass on (None: with none). Tokens do not depend on it.

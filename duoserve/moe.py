@@ -13,14 +13,14 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import nn
 
-from duoserve.ahead import Ahead
-from duoserve.cache import ExpertCache, Keep, Slot
+from duoserve import policies
+from duoserve.cache import ExpertCache, Slot
 from duoserve.core import Key, Observer, Phase, Policy, Predictor, Route, Step
-from duoserve.decode import Decode
-from duoserve.device import DONE, Device, Event
+from duoserve.decisions import Decisions
+from duoserve.device import Device, Event
 from duoserve.experts import Groups, Weights, combine, expert_function, group
+from duoserve.future import Future
 from duoserve.int4 import Scratch
-from duoserve.prefill import Prefill
 from duoserve.store import Store
 from duoserve.timeline import (
     COMPUTE,
@@ -83,9 +83,9 @@ class Runtime:
     def __init__(self, device: Device, cache: ExpertCache, transfer: Transfer, policy: Policy = Policy.DUOSERVE):
         self.device, self.cache, self.transfer, self.policy = device, cache, transfer, policy
         self._per_layer = [layer.n_experts for layer in transfer.store.layers]
-        self.ahead = Ahead(cache, transfer, self._per_layer, self._think)
-        self.decode = Decode(transfer, policy, self.ahead)
-        self.prefill = Prefill(cache, transfer, self._per_layer, policy)
+        self.prefill, self.decode, self.ahead = policies.schedules(
+            policy, cache, transfer, self._per_layer, self._think
+        )
         self.observers: list[Observer] = []
         self.company: Company | None = None
         self._thread = device.thread
@@ -144,6 +144,16 @@ class Runtime:
         with self._lock:
             self.ahead.use(predictor, always)
 
+    def decide(self, decisions: Decisions) -> None:
+        """From now on these note, or say, what the clock decides."""
+        with self._lock:
+            self.transfer.decide(decisions)
+
+    def foresee(self, future: Future) -> None:
+        """The passes from the next one on will choose so: for `Policy.BELADY`, which knows it."""
+        with self._lock:
+            self.ahead.foresee(future)
+
     def begin(self, step: Step) -> None:
         """A pass starts; its routes are noted only where somebody wants them."""
         if self.company is not None and self.company.inside:
@@ -187,16 +197,19 @@ class Runtime:
             self._former = step
         return step.rows
 
-    def _think(self, fn: Callable[[], None], layer: int, quick: bool) -> Event:
-        """Rank a layer on the predictor's stream, after what was computed so far; at once if that is quick and a thread."""
+    def _think(self, fn: Callable[[], None], layer: int, number: int, quick: bool) -> None:
+        """Make the ranking `number`, of a layer, on the predictor's stream, after what was computed so far; at once if
+        that is quick and a thread."""
         what = Key(layer, NONE)
         if not (quick and self.device.name == "cpu"):
-            return self.device.predict.submit(fn, (self.device.mark(),), what=what)
+            self.transfer.decisions.think(
+                number, fn, lambda: self.device.predict.submit(fn, (self.device.mark(),), what=what)
+            )
+            return
         began = self.device.now()
         self._thread.wait(fn, PREDICTOR, what)
         if self.timeline is not None:
             self.timeline.add(QUICK, RANK, layer, NONE, began, self.device.now())
-        return DONE
 
     def run(
         self,
@@ -292,9 +305,9 @@ def open_runtime(
     scratch: Scratch | None = None,
 ) -> Runtime:
     """A pool of `slots`, the way into it and both schedules, as `policy` wants them."""
-    keep = Keep.WORTH if policy is Policy.DUOSERVE else Keep.RECENT
-    cache = ExpertCache(slots, [layer.n_experts for layer in store.layers], keep)
-    return Runtime(device, cache, Transfer(device, store, cache, host, scratch), policy)
+    cache = ExpertCache(slots, [layer.n_experts for layer in store.layers], policies.keep(policy))
+    transfer = Transfer(device, store, cache, host, scratch, policies.manners(policy))
+    return Runtime(device, cache, transfer, policy)
 
 
 def _followed(former: Step | None, step: Step) -> Step | None:

@@ -29,6 +29,7 @@ from duoserve.convert import convert
 from duoserve.core import Key, Refusal
 from duoserve.device import host_arena
 from duoserve.durable import exclusive
+from duoserve.future import Future
 from duoserve.needs import count_passes
 from duoserve.outlook import look
 from duoserve.profile import read_profile
@@ -251,8 +252,18 @@ CASES: list[tuple[str, str, int, str, Callable[[Kit], Any]]] = [
     ("E_CTX", "a context of nothing", 2, r"of 0 tokens .*at least 1", lambda k: EngineConfig(ctx=0)),
     ("E_PREDICTOR_MODEL", "a predictor of another model", 2, r"for model 0123, this is [0-9a-f]{32}; train",
      lambda k: k.load().predict(Dice(6, fingerprint="0123"))),
-    ("E_OPTION", "a policy that guesses nothing", 2, r"'lru' fetches on demand, it guesses 0 experts; leave",
+    ("E_OPTION", "a policy that guesses nothing", 2, r"'lru' asks 0 predictors; leave",
      lambda k: duoserve.load(k.toy("mixtral"), policy="lru", predictor="gate")),
+    ("E_OPTION", "a policy that asks nobody", 2, r"asks 0 predictors, 'dice' is given; take",
+     lambda k: k.load(policy="lfp").predict(Dice(6))),
+    ("E_OPTION", "the future without a recording", 2, r"'belady' .* 0 recorded passes are given; replay",
+     lambda k: k.load(policy="belady")),
+    ("E_OPTION", "a future for who does not look", 2, r"a future of 0 turns is given, this policy looks at 0; take",
+     lambda k: k.load().foresee(Future([32] * 6, ()))),
+    ("E_OPTION", "another model's future", 2, r"of layers with \[5\] experts, the model has \[32, .*; record",
+     lambda k: k.load().foresee(Future([5], ()))),
+    ("E_OPTION", "slots that are no number", 2, r"slots 'few' is not a number of slots; write it like 16, or top-k",
+     lambda k: EngineConfig(slots="few")),
     ("E_OPTION", "an unknown policy", 2, r"'lfu'; did you mean 'lru'", lambda k: EngineConfig(policy="lfu")),
     ("E_SIZE", "a link of no size", 2, r"link 'fast' is not a size; write", lambda k: EngineConfig(link="fast")),
     ("E_OPTION", "an unknown option", 2, r"'budjet'; did you mean 'budget'", lambda k: EngineConfig.of(budjet="1")),

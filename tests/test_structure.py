@@ -12,25 +12,28 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = {
     0: {
-        *("attention", "benefit", "cap", "checkpoint", "codec", "config", "core", "device", "durable", "folder"),
-        *("headers", "hub", "int4", "native", "peers", "prompts", "published", "results", "routers", "sampling"),
-        *("sizing", "stopping", "system", "timeline", "version"),
+        *("attention", "benefit", "cap", "checkpoint", "codec", "config", "core", "decisions", "device", "durable"),
+        *("folder", "foresight", "future", "headers", "hub", "int4", "native", "peers", "prompts", "published"),
+        *("results", "routers", "sampling", "sizing", "stopping", "system", "timeline", "version"),
     },
-    1: {"cache", "experts", "manifest", "runfile", "shelf", "store", "trunk"},
+    1: {"cache", "clock", "experts", "manifest", "runfile", "shelf", "store", "trunk"},
     2: {"board", "contest", "convert", "lanes", "profile", "transfer"},
-    3: {"ahead", "chrometrace", "decode", "estimate", "picture", "prefill"},
-    4: {"moe", "tally"},
-    5: {"plan", "together"},
+    3: {
+        *("activation", "ahead", "chrometrace", "decode", "estimate", "fleet", "paper", "picture", "prefill"),
+        *("sighted", "wholelayer"),
+    },
+    4: {"costing", "moe", "policies", "tally"},
+    5: {"plan", "simulate", "together"},
     6: {"model", "needs"},
-    7: {"engine"},
+    7: {"engine", "specimens"},
     8: {"conversation", "measure", "outlook", "service"},
     9: {"doctor", "repl"},
     10: {"opening"},
-    11: {"contender", "learning", "matrix", "showing", "tracing"},
+    11: {"contender", "learning", "matrix", "showing", "simulating", "tracing"},
     12: {"benching"},
     13: {"cli"},
 }
-ROOF = {"cli", "learning", "opening", "tracing"}  # these alone put what learns and what serves together
+ROOF = {"cli", "learning", "opening", "simulating", "tracing"}  # these alone put what learns and what serves together
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 SIDE_BY_SIDE = {
     ("cap", "config"),
@@ -48,11 +51,16 @@ SIDE_BY_SIDE = {
     ("device", "timeline"),
     ("folder", "core"),
     ("folder", "headers"),
+    ("foresight", "core"),
+    ("foresight", "future"),
+    ("future", "core"),
     ("headers", "core"),
     ("hub", "core"),
     ("hub", "device"),
     ("hub", "folder"),
     ("int4", "native"),
+    ("moe", "policies"),
+    ("paper", "ahead"),
     ("peers", "core"),
     ("prompts", "core"),
     ("prompts", "headers"),
