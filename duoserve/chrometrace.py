@@ -42,11 +42,9 @@ def _about(name: str, thread: int, args: dict[str, Any]) -> dict[str, Any]:
 
 
 def _event(span: Span, thread: int) -> dict[str, Any] | None:
-    """A nanosecond shorter than it was: readers turn microseconds into whole nanoseconds, and where neighbours then overlap
-    by one, Perfetto leaves the second out. None for what is shorter than that.
-    """
+    """None for what took no nanosecond: readers count in whole ones."""
     start = round(1e9 * span.start)
-    length = round(1e9 * span.end) - start - 1
+    length = round(1e9 * span.end) - start
     if length < 1:
         return None
     args = {name: value for name in ("layer", "expert") if (value := getattr(span, name)) != NONE}

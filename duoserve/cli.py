@@ -111,6 +111,8 @@ def chat(
     """Chat with a model in the terminal, or answer one --prompt."""
     where = {"budget": budget, "format": format, "trunk": trunk, "dtype": dtype, "device": device, "ctx": ctx}
     more = {"cache_dir": cache_dir, "threads": threads, "policy": policy, "link": link, "slots": slots}
+    if timeline is not None and not timeline.parent.is_dir():  # said before a model is loaded
+        raise Refusal("E_IO", f"{timeline.parent} is no folder", "give a file in one that is there")
     with _engine(model, where | more, predictor) as engine:
         from duoserve import repl
 
@@ -333,8 +335,6 @@ def _recorded(engine: Engine, path: Path | None, predictor: str | None) -> Itera
     if path is None:
         yield
         return
-    if not path.parent.is_dir():
-        raise Refusal("E_IO", f"{path.parent} is no folder", "give a file in one that is there")
     from duoserve import doctor
     from duoserve.runfile import Run, write_run
     from duoserve.timeline import Timeline

@@ -400,7 +400,7 @@ class ThreadDevice:
         self, copy_threads: int = 2, threaded_compute: bool = False, host_tier: bool = False, link: int | None = None
     ):
         board = threading.Condition() if threaded_compute or host_tier else None
-        self.thread = ModelThread(self.now)
+        self.thread = ModelThread(time.perf_counter)
         self.compute: InlineStream | WorkerStream = InlineStream(self.thread)
         if threaded_compute:
             self.compute = WorkerStream("compute", in_order=True, board=board, stalls=self.thread.stalls)
@@ -457,7 +457,7 @@ class CudaDevice:
         if not torch.cuda.is_available():
             raise Refusal("E_DEVICE", "no CUDA GPU can be used here (0 found)", "run with --device cpu", 7)
         self.torch_device = torch.device("cuda", torch.cuda.current_device())
-        self.thread = ModelThread(self.now)
+        self.thread = ModelThread(time.perf_counter)
         self.compute = InlineStream(self.thread, cuda=True)
         board = threading.Condition()
         self.copy = WorkerStream("copy", copy_threads, cuda=True, board=board)

@@ -239,10 +239,12 @@ class Runtime:
             y: list[torch.Tensor] = []
             last = Work(lambda: y.append(combine(groups, weights_TK, x_TD.dtype)))
             done = self.bring(layer, x_TD.shape[0], tokens, work, last)
-            if not done.issued:  # another thread computes
+            if done.issued:
+                self.device.join(done)
+            else:  # another thread computes
                 self._thread.turn(STALL, layer, NONE, COMPUTE)
-            self.device.join(done)
-            self._leave(layer)
+                self.device.join(done)
+                self._leave(layer)
             return y[0]
 
     def bring(self, layer: int, rows: int, tokens: dict[int, int], work: Callable[[Slot], Work], last: Work) -> Event:

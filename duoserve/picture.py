@@ -76,11 +76,11 @@ def draw(run: Run, path: Path, zoom: bool = True) -> None:
     colours = _layer_colours(run)
     with matplotlib.rc_context(_STYLE):
         rows = _rows(list(tracks))
-        figure = Figure(figsize=(14, 1.6 + len(panels) * (0.9 + 0.36 * (len(rows) + 1))), layout="constrained")
+        figure = Figure(figsize=(14, 1.9 + len(panels) * (0.9 + 0.36 * (len(rows) + 1))), layout="constrained")
         axes = figure.subplots(len(panels), squeeze=False)[:, 0]
         for ax, panel in zip(axes, panels, strict=True):
             _panel(ax, run.between(panel.start, panel.end), panel, rows, colours)
-        figure.suptitle(_title(run), x=0.01, ha="left", fontweight="bold", fontsize=13)
+        figure.suptitle(_title(run), x=0.01, ha="left", fontweight="bold", fontsize=12.5)
         _legend(figure, run, panels)
         _layers(figure, axes, colours)
         buffer = BytesIO()
@@ -130,8 +130,8 @@ def _title(run: Run) -> str:
     for phase in phases(run):
         waited = ", ".join(f"{cause} {s / phase.seconds:.0%}" for cause, s in sorted(phase.stall_s.items()))
         name = "a token" if phase.name == "decode" else "a prompt"
-        said.append(f"{name} takes {1e3 * phase.median_s:,.1f} ms (stalled: {waited or 'never'})")
-    return f"{', '.join(facts)}\n{'; '.join(said)}" if said else ", ".join(facts)
+        said.append(f"{name} takes {1e3 * phase.median_s:,.1f} ms; stalled: {waited or 'never'}")
+    return "\n".join([", ".join(facts), *said])
 
 
 def _rows(tracks: list[str]) -> list[tuple[str, list[str]]]:
@@ -212,7 +212,7 @@ def _layers(figure: Figure, axes: Any, colours: _LayerColours) -> None:
     """Which colour is which layer: of the experts computed and the slabs copied."""
     norm = BoundaryNorm([i - 0.5 for i in range(colours.n + 1)], 256)
     scale = matplotlib.cm.ScalarMappable(norm, colours.map)
-    bar = figure.colorbar(scale, ax=list(axes), pad=0.11, fraction=0.02, aspect=30)
+    bar = figure.colorbar(scale, ax=list(axes), pad=0.09, fraction=0.02, aspect=30)
     step = max(1, colours.n // 8)
     bar.set_ticks(list(range(0, colours.n, step)))
     bar.ax.tick_params(length=0)

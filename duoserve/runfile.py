@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from duoserve.core import Refusal
 from duoserve.durable import replacing
 from duoserve.headers import read_json, shown
@@ -109,14 +107,14 @@ def _run(data: Any) -> Run:
     seconds = _length(data["ns"]) / 1e9
     _within(columns["start"], 0, data["ns"], "start")
     _within(columns["length"], 0, data["ns"], "length")
-    _within(columns["start"] + columns["length"], 0, data["ns"] + 1, "end")
+    _within([s + n for s, n in zip(columns["start"], columns["length"], strict=True)], 0, data["ns"] + 1, "end")
     spans = [
         Span(
             names["lane"][lane], names["kind"][kind], layer, expert, start / 1e9, (start + length) / 1e9,
             names["cause"][cause] or None,
         )
         for lane, kind, layer, expert, start, length, cause in zip(
-            *(columns[name].tolist() for name in _COLUMNS), strict=True
+            *(columns[name] for name in _COLUMNS), strict=True
         )
     ]  # fmt: skip
     spans.sort(key=lambda span: span.start)
@@ -147,15 +145,12 @@ def _facts(value: Any) -> dict[str, str]:
     return {_text(name): _text(fact) for name, fact in value.items()}
 
 
-def _column(value: Any) -> Any:
-    if not isinstance(value, list):
-        raise ValueError("a column is no list")
-    column = np.asarray(value) if value else np.zeros(0, dtype=np.int64)
-    if column.ndim != 1 or column.dtype != np.int64:
-        raise ValueError("a column holds other than whole numbers")
-    return column
+def _column(value: Any) -> list[int]:
+    if not isinstance(value, list) or not set(map(type, value)) <= {int}:
+        raise ValueError("a column is no list of whole numbers")
+    return value
 
 
-def _within(column: Any, least: int, most: int, name: str) -> None:
-    if len(column) and not (least <= column.min() and column.max() <= most):
-        raise ValueError(f"{name} from {column.min()} to {column.max()}, not {least} to {most}")
+def _within(column: list[int], least: int, most: int, name: str) -> None:
+    if column and not (least <= min(column) and max(column) <= most):
+        raise ValueError(f"{name} beyond {least} to {most}")

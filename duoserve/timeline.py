@@ -14,7 +14,8 @@ device did in between is not recorded.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from duoserve.core import Key
@@ -34,6 +35,7 @@ COPY, READ, RANK = "copy", "read", "rank"
 PASSES = "passes"  # the track that has whole passes, by phase
 QUICK = "predictor quick"  # the track of rankings that the model's thread makes
 NONE = -1  # of a layer or an expert
+TURN = 5  # fields of a turn
 
 MOST = 500_000  # spans; of the bundled demo some five thousand tokens
 
@@ -51,27 +53,48 @@ class Span(NamedTuple):
 
 
 class Timeline:
-    """Spans of one recording. Once it holds `most` it takes no more passes, so that nobody's memory fills."""
+    """Spans of one recording. Once it holds `most` it takes no more passes, so that nobody's memory fills.
+
+    Fields lie one after another in plain lists: a tuple for each span would be one more thing for the garbage collector to
+    look at, which takes longer than all the rest.
+    """
 
     def __init__(self, most: int = MOST) -> None:
         self.began = self.ended = 0.0
         self.most = most
-        self._rows: list[tuple[Any, ...]] = []
+        self._fields: list[Any] = []  # as `add` takes them
+        self._followed: list[tuple[str, list[Any]]] = []
 
     @property
     def full(self) -> bool:
-        return len(self._rows) >= self.most
+        turns = sum(len(fields) for _, fields in self._followed) // TURN
+        return len(self._fields) // len(Span._fields) + turns >= self.most
 
     def add(
         self, lane: str, kind: str, layer: int, expert: int, start: float, end: float, cause: str | Why | None = None
     ) -> None:
         """Something ended. What is not known yet of its cause may still be said of the `Why`."""
-        self._rows.append((lane, kind, layer, expert, start, end, cause))
+        self._fields.extend((lane, kind, layer, expert, start, end, cause))
+
+    def follow(self, lane: str) -> list[Any]:
+        """Where a thread notes its turns: when, kind, layer, expert, cause of what begins and so ends what was before."""
+        self._followed.append((lane, []))
+        return self._followed[-1][1]
 
     def spans(self) -> list[Span]:
-        """In order of their starts."""
-        rows = sorted(self._rows, key=lambda row: row[4])
-        return [_span(*row) for row in rows]
+        """In order of their starts; what has not ended is left out."""
+        found = [
+            Span(lane, kind, layer, expert, start, after[0], cause)
+            for lane, fields in self._followed
+            for (start, kind, layer, expert, cause), after in pairwise(_grouped(fields, TURN))
+        ]
+        for span in map(Span._make, _grouped(self._fields, len(Span._fields))):
+            found.append(span._replace(cause=span.cause.said) if isinstance(span.cause, Why) else span)
+        return sorted(found, key=lambda span: span.start)
+
+
+def _grouped(fields: list[Any], n: int) -> Iterator[tuple[Any, ...]]:
+    return zip(*[iter(fields)] * n, strict=False)
 
 
 class Why:
@@ -88,10 +111,6 @@ class Why:
         return self.said if self.said in CAUSES else IN_FLIGHT
 
 
-def _span(lane: str, kind: str, layer: int, expert: int, start: float, end: float, cause: str | Why | None) -> Span:
-    return Span(lane, kind, layer, expert, start, end, cause.said if isinstance(cause, Why) else cause)
-
-
 class ModelThread:
     """What the thread that runs the model does: how long it stalls, by cause, always; all of it while a timeline is kept."""
 
@@ -101,40 +120,39 @@ class ModelThread:
             CAUSES, 0.0
         )  # seconds; of the thread that computes, if it is another
         self.timeline: Timeline | None = None
-        self._lane = COMPUTE
-        self._does: tuple[Any, ...] = (OUTSIDE, NONE, NONE, None)
-        self._since = 0.0
+        self._turns: list[Any] | None = None
 
     @property
     def layer(self) -> int:
         """Of what it does."""
-        return int(self._does[1])
+        return int(self._turns[2 - TURN]) if self._turns else NONE
 
     def record(self, timeline: Timeline | None, lane: str) -> None:
         """From now on into `timeline`, on track `lane`; what was recorded into before is over."""
-        self.turn(OUTSIDE)
         now = self._now()
-        if self.timeline is not None:
+        if self.timeline is not None and self._turns is not None:
             self.timeline.ended = now
+            self._turns.extend((now, OUTSIDE, NONE, NONE, None))
+        self.timeline, self._turns = timeline, None
         if timeline is not None:
             timeline.began = timeline.ended = now
-        self.timeline, self._lane, self._since = timeline, lane, now
+            self._turns = timeline.follow(lane)
+            self._turns.extend((now, OUTSIDE, NONE, NONE, None))
 
     def turn(self, kind: str, layer: int = NONE, expert: int = NONE, cause: str | None = None) -> None:
         """The thread begins something, and so ends what it did."""
-        if self.timeline is not None:
-            now = self._now()
-            kind_, layer_, expert_, cause_ = self._does
-            self.timeline.add(self._lane, kind_, layer_, expert_, self._since, now, cause_)
-            self._does, self._since = (kind, layer, expert, cause), now
+        if self._turns is not None:
+            self._turns.extend((self._now(), kind, layer, expert, cause))
 
     def wait(self, wait: Callable[[], Any], cause: str, key: Key | None = None) -> None:
         """Wait, and count how long: a stall. Then the thread goes on with what it did."""
-        began, does = self._now(), self._does
+        does = self._turns[1 - TURN :] if self._turns else None
         layer, expert = key or (self.layer, NONE)
         self.turn(STALL, layer, expert, cause)
+        began = self._now()
         try:
             wait()
         finally:
             self.stalls[cause] += self._now() - began
-            self.turn(*does)
+            if does is not None:
+                self.turn(*does)

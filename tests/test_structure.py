@@ -129,7 +129,7 @@ def test_nothing_that_is_loaded_can_run_code(path: Path) -> None:
 
 
 def test_cache_and_core_import_no_torch() -> None:
-    for name in ("core", "cache", "config", "durable", "headers", "manifest", "shelf"):
+    for name in ("core", "cache", "config", "durable", "headers", "manifest", "shelf", "timeline", "runfile", "lanes"):
         assert not any(
             m == "torch" or m.startswith("torch.") for m in imports_at_runtime(ROOT / "duoserve" / f"{name}.py")
         )
