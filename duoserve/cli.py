@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from duoserve import learning, showing, tracing
+from duoserve import benching, learning, showing, tracing
 from duoserve.config import size
 from duoserve.core import Refusal, nearest
 from duoserve.version import __version__
@@ -400,6 +400,7 @@ def _shown_progress() -> Iterator[Progress]:
 tracing.register(app)
 learning.register(app)
 showing.register(app)
+benching.register(app)
 
 
 def main() -> None:

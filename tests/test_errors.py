@@ -23,7 +23,7 @@ from guessers import Dice
 from hubs import COMMIT, Hub, reach, serving
 
 import duoserve
-from duoserve import checkpoint, cli, codec, repl, shelf, tracing
+from duoserve import checkpoint, cli, codec, peers, prompts, repl, results, shelf, tracing
 from duoserve.config import EngineConfig, parse_share
 from duoserve.convert import convert
 from duoserve.core import Key, Refusal
@@ -162,6 +162,27 @@ def traced(kit: Kit, text: str, ctx: int) -> None:
     """Nine prompts at once."""
     prompts = [tracing.Prompt("a", "d", text)] * 9
     tracing.record(kit.load(ctx=ctx), prompts, kit.tmp / "trace", tracing.Run(batch=9))
+
+
+def changed_set(kit: Kit) -> None:
+    folder = shutil.copytree(prompts.SETS, kit.tmp / "sets")
+    flip(folder / "prose.jsonl", 30)
+    kit.patch.setattr(prompts, "SETS", folder)
+    prompts.prompt_set("all")
+
+
+def capped(kit: Kit) -> None:
+    kit.patch.setattr(os, "geteuid", lambda: 1000)
+    kit.command("bench", "--cap", "900MiB")
+
+
+def without_accelerate(kit: Kit) -> None:
+    def version(name: str) -> str:
+        raise peers.metadata.PackageNotFoundError(name)
+
+    kit.patch.setattr(peers.metadata, "version", version)
+    assert peers.chosen("all") == []
+    peers.chosen("accelerate")
 
 
 def few_modules(kit: Kit) -> Path:
@@ -366,6 +387,27 @@ CASES: list[tuple[str, str, int, str, Callable[[Kit], Any]]] = [
     ("E_PROMPT", "an empty prompt", 2, r"0 tokens; write at least one word", lambda k: k.load().generate("")),
     ("E_CTX", "a prompt longer than the context", 4, r"has \d+ tokens, the context 8; shorten",
      lambda k: k.load(ctx=8).generate("one two three four five six seven eight nine ten")),
+    ("E_PROMPTS", "a prompt set that nobody shipped", 3, r"no prompts 'poetry' come .*; known: all, prose, code, questions",
+     lambda k: prompts.prompt_set("poetry")),
+    ("E_PROMPTS", "a shipped prompt set that was changed", 5, r"prose\.jsonl has sha256 .*; install", changed_set),
+    ("E_RESULTS", "results that are not there", 3, r"there is no .*/none; give", lambda k: results.read(k.tmp / "none")),
+    ("E_RESULTS", "results of another program", 5, r"r\.jsonl:1 is no row of results .*; give",
+     lambda k: results.read(k.folder(r__jsonl=b'{"build_commit": "b1"}') / "r.jsonl")),
+    ("E_RESULTS", "results that are no JSON", 5, r"r\.jsonl:1 is not JSON .*; give",
+     lambda k: results.read(k.folder(r__jsonl=b"{") / "r.jsonl")),
+    ("E_CAP", "a memory cap without root", 2, r"cap of 900\.0 MiB .* user 1000 cannot make; run as root", capped),
+    ("E_OPTION", "an unknown peer", 2, r"'vllm'; .*stock, accelerate", lambda k: k.command("bench", "--peers", "vllm")),
+    ("E_OPTION", "a peer that is not installed", 2, r"'accelerate' is not installed; pip install", without_accelerate),
+    ("E_OPTION", "an unknown policy to compare", 2, r"'lfu'; did you mean 'lru'",
+     lambda k: k.command("bench", "--policies", "duoserve,lfu")),
+    ("E_SIZE", "more residency than experts", 2, r"residency 150% is more than 100%; write",
+     lambda k: k.command("bench", "--residency", "150%")),
+    ("E_OPTION", "a batch of none", 2, r"batch '0' is not between 1 and 1024; give",
+     lambda k: k.command("bench", "--batch", "1,0")),
+    ("E_OPTION", "nothing to run", 2, r"0 policies and 0 peers are to be run; name",
+     lambda k: k.command("bench", "--policies", "none")),
+    ("E_OPTION", "peers of an expert store", 2, r"1 peers cannot load .*, an expert store; give",
+     lambda k: k.command("bench", str(k.store()), "--peers", "stock", "--limit-tokens", "8")),
     ("E_PROMPTS", "prompts that are not there", 3, r"there is no .*/none; give",
      lambda k: tracing.read_prompts(k.tmp / "none")),
     ("E_PROMPTS", "a folder without prompts", 2, r"holds 0 prompts in 0 files; give", lambda k: tracing.read_prompts(k.tmp)),
