@@ -156,12 +156,13 @@ def our_contenders(subject: Subject, matrix: Matrix, options: dict[str, Any]) ->
 
 def ours(row: str, subject: Subject, share: float, policy: str, matrix: Matrix, options: dict[str, Any]) -> Contender:
     """Our engine with `share` of the experts in slots."""
-    from duoserve.opening import ASKING
+    from duoserve.opening import ASKING, TAKES_THE_DEMOS
 
+    asks = policy in TAKES_THE_DEMOS or (policy in ASKING and matrix.predictor is not None)
     known = {name: value for name, value in options.items() if value is not None}
-    known |= {"budget": subject.budget(share, policy in ASKING), "ctx": subject.ctx, "sequences": subject.sequences}
+    known |= {"budget": subject.budget(share, asks), "ctx": subject.ctx, "sequences": subject.sequences}
     known["policy"] = policy
-    if policy in ASKING and matrix.predictor is not None:
+    if asks and matrix.predictor is not None:
         known["predictor"] = matrix.predictor
     return Contender(row, "duoserve", subject.model, str(subject.folder), known, matrix.routes, matrix.cap)
 
