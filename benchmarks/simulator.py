@@ -1,11 +1,11 @@
 """The simulator against reality: the same passes through a real engine and through `ClockDevice`, whose costs were measured
-on other passes of the same minute; and the limit that a policy which knows the future reaches.
+on other passes just before and just after; and the limit that a policy which knows the future reaches.
 
     python -m benchmarks.simulator FOLDER [--machines 300MB,none] [--shares 0.25,0.5,0.75] [--rounds 3] [--tokens 24]
 
 FOLDER takes a random-weight Mixtral (0.9 GB, made at first use) and its store. Routes are drawn from a skewed popularity
 and forced, so that every row chooses the same; `duoserve` foresees them. A machine is a link that copies are slowed to, or
-"none": the disk as it is. Measured beforehand, on other routes:
+"none": the disk as it is. Measured on other routes:
 
     trunk, experts by rows, sums    spans of an engine that holds all experts
     hand-over of a copy             what scheduling takes longer where experts are missing (policy lru)
@@ -134,15 +134,18 @@ class Known(Foreseeing):
 
 
 class Measured:
-    """Costs of this machine."""
+    """Costs of this machine, means of all samples: slow moments are part of them, as they are of what is compared."""
 
     launch_s = 0.0
 
-    def __init__(self, spans: list[Span], passes: Sequence[Pass], seconds: list[float]):
-        """From a run that held all experts: its spans, its passes, what each took."""
-        between: dict[tuple[int, Phase], list[float]] = defaultdict(list)
-        once: dict[tuple[int, Phase], list[float]] = defaultdict(list)
-        expert: dict[int, list[float]] = defaultdict(list)
+    def __init__(self) -> None:
+        self.predict_s = 0.0
+        self._between_s: dict[tuple[int, Phase], list[float]] = defaultdict(list)
+        self._once_s: dict[tuple[int, Phase], list[float]] = defaultdict(list)
+        self._rows_s: dict[int, list[float]] = defaultdict(list)
+
+    def add(self, spans: list[Span], passes: Sequence[Pass], seconds: list[float]) -> None:
+        """A run that held all experts: its spans, its passes, what each took."""
         for one, own, whole in zip(passes, by_pass(spans), seconds, strict=True):
             trunk, layer_s = defaultdict(float), defaultdict(float)
             for span in own:
@@ -152,17 +155,16 @@ class Measured:
                 elif span.kind in (SCHEDULE, COMBINE):
                     layer_s[span.layer] += took
                 elif span.kind == EXPERT:
-                    expert[one.chosen[span.layer][span.expert]].append(took)
+                    self._rows_s[one.chosen[span.layer][span.expert]].append(took)
             trunk[LAYERS] += whole - sum(span.end - span.start for span in own)
             for layer, took in trunk.items():
-                between[layer, one.phase].append(took)
+                self._between_s[layer, one.phase].append(took)
             for layer, took in layer_s.items():
-                once[layer, one.phase].append(took)
-        self._between = {at: statistics.mean(_trimmed(s)) for at, s in between.items()}
-        self._once = {at: statistics.mean(_trimmed(s)) for at, s in once.items()}
-        self._rows = sorted(expert)
-        self._expert = [statistics.mean(_trimmed(expert[rows])) for rows in self._rows]
-        self.predict_s = 0.0
+                self._once_s[layer, one.phase].append(took)
+        self._between = {at: statistics.mean(s) for at, s in self._between_s.items()}
+        self._once = {at: statistics.mean(s) for at, s in self._once_s.items()}
+        self._rows = sorted(self._rows_s)
+        self._expert = [statistics.mean(self._rows_s[rows]) for rows in self._rows]
 
     def trunk_s(self, layer: int, rows: int, phase: Phase) -> float:
         return self._between[layer, phase]
@@ -172,11 +174,6 @@ class Measured:
 
     def combine_s(self, layer: int, rows: int) -> float:
         return self._once[layer, Phase.DECODE if rows == 1 else Phase.PREFILL]
-
-
-def _trimmed(seconds: list[float]) -> list[float]:
-    """Without the slowest tenth: the machine was busy elsewhere."""
-    return sorted(seconds)[: max(1, round(0.9 * len(seconds)))]
 
 
 def by_pass(spans: list[Span]) -> Iterator[list[Span]]:
@@ -205,50 +202,66 @@ def open_engine(folder: Path, slots: int, policy: str, rate: int | None, **more:
     return engine
 
 
-def measure(folder: Path, rate: int | None, args: argparse.Namespace) -> Machine:
-    passes = course(2, args.tokens, seed=99)
-    engine = open_engine(folder, LAYERS * EXPERTS, "lru", rate)
-    forced = Forced(engine)
-    forced.run(passes)
-    timeline = Timeline()
-    engine.runtime.record(timeline)
-    seconds = forced.run(passes)
-    engine.runtime.record(None)
-    costs = Measured(timeline.spans(), passes, seconds)
-    link = _link(engine.store, rate)
-    engine.close()
-    costs.predict_s = _ranking_s(passes)
-    return Machine(rate, replace(link, **_beside(folder, rate, costs, args)), costs)
+class Gauge:
+    """Two engines, sampled before and after each run to be compared: one holds all experts, the other half of them."""
 
+    def __init__(self, folder: Path, rate: int | None, args: argparse.Namespace):
+        self.rate = rate
+        self._passes = course(1, args.tokens, seed=99)
+        self._all = Forced(open_engine(folder, LAYERS * EXPERTS, "lru", rate))
+        self._half = Forced(open_engine(folder, LAYERS * EXPERTS // 2, "lru", rate))
+        for forced in (self._all, self._half):
+            forced.run(self._passes)
+        self.reset()
 
-def _beside(folder: Path, rate: int | None, costs: Measured, args: argparse.Namespace) -> dict[str, float]:
-    """What copies cost those who compute, from a run on other routes that misses some."""
-    passes = course(2, args.tokens, seed=98)
-    engine = open_engine(folder, LAYERS * EXPERTS // 2, "lru", rate)
-    forced = Forced(engine)
-    forced.run(passes[: args.tokens + 1])
-    before = engine.runtime.transfer.counts().misses
-    timeline = Timeline()
-    engine.runtime.record(timeline)
-    forced.run(passes)
-    engine.runtime.record(None)
-    misses = engine.runtime.transfer.counts().misses - before
-    engine.close()
-    spans = timeline.spans()
-    copies = [span for span in spans if span.kind == COPY]
-    alone_s = beside_s = scheduled_s = 0.0
-    for one, own in zip(passes, by_pass(spans), strict=True):
-        for span in own:
-            took = span.end - span.start
-            if span.kind == EXPERT:
-                shared = _covered(span, copies)
-                alone_s += costs.expert_s(span.layer, one.chosen[span.layer][span.expert]) - (took - shared)
-                beside_s += shared
-            elif span.kind in (SCHEDULE, COMBINE):
-                scheduled_s += took
-        scheduled_s -= sum(costs.combine_s(layer, one.rows) for layer in range(LAYERS))
-    company = min(3.0, max(1.0, beside_s / max(alone_s, 1e-9)))
-    return {"submit_s": max(0.0, scheduled_s / misses), "company": company}
+    def reset(self) -> None:
+        self._costs = Measured()
+        self._links: list[Link] = []
+        self._missing: list[tuple[list[Span], int]] = []
+
+    def sample(self) -> None:
+        spans, seconds, _ = self._recorded(self._all)
+        self._costs.add(spans, self._passes, seconds)
+        spans, _, misses = self._recorded(self._half)
+        self._missing.append((spans, misses))
+        self._links.append(_link(self._all.engine.store, self.rate))
+        self._costs.predict_s = _ranking_s(self._passes)
+
+    def machine(self) -> Machine:
+        """What was sampled since the reset."""
+        links = np.mean([(link.bytes_per_s, link.latency_s, link.alone or 0) for link in self._links], axis=0)
+        link = Link(float(links[0]), float(links[1]), alone=float(links[2]) or None)
+        return Machine(self.rate, replace(link, **self._beside()), self._costs)
+
+    def close(self) -> None:
+        for forced in (self._all, self._half):
+            forced.engine.close()
+
+    def _recorded(self, forced: Forced) -> tuple[list[Span], list[float], int]:
+        runtime, timeline = forced.engine.runtime, Timeline()
+        before = runtime.transfer.counts().misses
+        runtime.record(timeline)
+        seconds = forced.run(self._passes)
+        runtime.record(None)
+        return timeline.spans(), seconds, runtime.transfer.counts().misses - before
+
+    def _beside(self) -> dict[str, float]:
+        """What copies cost those who compute."""
+        costs, alone_s, beside_s, scheduled_s = self._costs, 0.0, 0.0, 0.0
+        for spans, _ in self._missing:
+            copies = [span for span in spans if span.kind == COPY]
+            for one, own in zip(self._passes, by_pass(spans), strict=True):
+                for span in own:
+                    took = span.end - span.start
+                    if span.kind == EXPERT:
+                        shared = _covered(span, copies)
+                        alone_s += costs.expert_s(span.layer, one.chosen[span.layer][span.expert]) - (took - shared)
+                        beside_s += shared
+                    elif span.kind in (SCHEDULE, COMBINE):
+                        scheduled_s += took
+                scheduled_s -= sum(costs.combine_s(layer, one.rows) for layer in range(LAYERS))
+        company = min(3.0, max(1.0, beside_s / max(alone_s, 1e-9)))
+        return {"submit_s": max(0.0, scheduled_s / sum(n for _, n in self._missing)), "company": company}
 
 
 def _covered(span: Span, copies: list[Span]) -> float:
@@ -309,13 +322,17 @@ class Run(NamedTuple):
         return self.counts.hits / (self.counts.hits + self.counts.in_flight + self.counts.misses)
 
 
-def real(folder: Path, machine: Machine, slots: int, policy: str, passes: list[Pass], warm: int) -> tuple[Run, Noting]:
-    engine = open_engine(folder, slots, policy, machine.rate)
+def real(folder: Path, gauge: Gauge, slots: int, policy: str, passes: list[Pass], warm: int) -> tuple[Run, Noting]:
+    engine = open_engine(folder, slots, policy, gauge.rate)
     forced, noting = Forced(engine), Noting()
     engine.runtime.decide(noting)
     if policy == "duoserve":
         engine.predict(Known(forced), always=True)
-    seconds = forced.run(passes)[warm:]
+    forced.run(passes[:warm])
+    gauge.reset()
+    gauge.sample()
+    seconds = forced.run(passes[warm:])
+    gauge.sample()
     engine.close()  # what is under way ends
     return Run(sum(seconds), engine.runtime.transfer.counts(), int(engine.device.copy.cost_done)), noting
 
@@ -331,10 +348,11 @@ def simulated(machine: Machine, shape: Shape, policy: str, passes: list[Pass], w
     return Run(seconds, outcome.counts, outcome.moved_bytes)
 
 
-def cell(folder: Path, machine: Machine, share: float, policy: str, args: argparse.Namespace) -> dict[str, Any]:
+def cell(folder: Path, gauge: Gauge, share: float, policy: str, args: argparse.Namespace) -> dict[str, Any]:
     shape = Shape((EXPERTS,) * LAYERS, (args.slab_bytes,) * LAYERS, round(share * LAYERS * EXPERTS))
     passes, warm = course(args.rounds + 1, args.tokens, seed=1), args.tokens + 1
-    there, noting = real(folder, machine, shape.slots, policy, passes, warm)
+    there, noting = real(folder, gauge, shape.slots, policy, passes, warm)
+    machine = gauge.machine()
     free, repeated = (simulated(machine, shape, policy, passes, warm, n) for n in (None, noting))
     return {
         "machine": machine.rate or "none",
@@ -348,6 +366,7 @@ def cell(folder: Path, machine: Machine, share: float, policy: str, args: argpar
         "bytes_ratio": free.moved / there.moved,
         "repeated_exactly": repeated.counts == there.counts and repeated.moved == there.moved,
         "counts": there.counts._asdict(),
+        "link": asdict(machine.link),
     }
 
 
@@ -431,25 +450,25 @@ def main() -> None:
     args.folder.mkdir(parents=True, exist_ok=True)
     make_model(args.folder)
     args.slab_bytes = prepared(args.folder)
-    cells, machines = [], {}
+    cells = []
     print(f"{'link':>9s}{'share':>7s}  {'policy':12s}{'real s':>9s}{'clock':>8s}{'ratio':>7s}{'again':>7s}"
           f"{'hits':>8s}{'bytes':>8s}  again to the byte")  # fmt: skip
     for name in args.machines.split(","):
         rate = None if name == "none" else parse_size(name, "link")
-        machine = measure(args.folder, rate, args)
-        machines[name] = asdict(machine.link) | {"predict_s": machine.costs.predict_s}
+        gauge = Gauge(args.folder, rate, args)
         for share in args.shares:
             for policy in args.policies.split(","):
-                found = cell(args.folder, machine, share, policy, args)
+                found = cell(args.folder, gauge, share, policy, args)
                 cells.append(found)
                 print(f"{name:>9s}{share:7.0%}  {policy:12s}{found['real_s']:9.3f}{found['simulated_s']:8.3f}"
                       f"{found['ratio']:7.3f}{found['repeated_ratio']:7.3f}{found['hit_points']:+7.1f}p"
                       f"{found['bytes_ratio']:8.3f}  {found['repeated_exactly']}", flush=True)  # fmt: skip
+        gauge.close()
     limits, rate = limit(args), accesses_per_s()
     print("knowing the future, over the limit:", ", ".join(f"{x:.4f} at {share}" for share, x in limits.items()))
     print(f"{rate:,.0f} accesses/s simulated: a million in {1e6 / rate:.1f} s")
     about = {"rounds": args.rounds, "tokens": args.tokens, "machine": describe()}
-    figures = {"links": machines, "cells": cells, "over_limit": limits, "accesses_per_s": rate}
+    figures = {"cells": cells, "over_limit": limits, "accesses_per_s": rate}
     print(json.dumps({"benchmark": "simulator", **figures, **about}))
 
 

@@ -109,13 +109,14 @@ class Moment:
 
 
 class _Job:
-    __slots__ = ("after", "cost", "event", "fn", "lane", "pending", "start", "stream", "what", "worker")
+    __slots__ = ("after", "cost", "event", "fn", "lane", "number", "pending", "start", "stream", "what", "worker")
 
     def __init__(self, stream: ClockStream, fn: Callable[[], Any], after: tuple[Any, ...], lane: Lane, cost: float,
                  what: Key | None):  # fmt: skip
         self.stream, self.fn, self.after, self.lane, self.cost, self.what = stream, fn, after, lane, cost, what
         self.event = Moment(stream.device, self)
         self.pending = 0  # of the events it waits for
+        self.number = 0  # in the order of its lane
         self.worker = 0
         self.start: float | None = None
 
@@ -126,8 +127,9 @@ class ClockStream:
     def __init__(self, device: ClockDevice, name: str, workers: int = 1, in_order: bool = False, submit_s: float = 0.0):
         self.device, self.name, self._submit_s = device, name, submit_s
         self._workers, self._in_order = workers, in_order
-        self._demand: deque[_Job] = deque()
-        self._ahead: deque[_Job] = deque()
+        self._waiting: deque[_Job] = deque()  # of a stream in order
+        self._ready: tuple[list[tuple[int, _Job]], ...] = ([], [])  # by lane, those that can start: heaps
+        self._given = 0  # numbers
         self._active = 0
         self._idle = list(range(workers))[::-1]
         self._numbered = workers > 1
@@ -159,7 +161,10 @@ class ClockStream:
             if not event.done:
                 event.waiters.append(job)
                 job.pending += 1
-        (self._ahead if lane else self._demand).append(job)
+        if self._in_order:
+            self._waiting.append(job)
+        else:
+            self._number(job)
         self.start()
         self.device.owed_s += self._submit_s
         return job.event
@@ -168,7 +173,7 @@ class ClockStream:
         """Take a job that nobody started out of the AHEAD queue; False where it is too late."""
         if not self.queued(event):
             return False
-        self._ahead.remove(event.job)
+        event.job.number = -1
         self._over(event)
         return True
 
@@ -182,9 +187,8 @@ class ClockStream:
         if event.why.said == GUESS and not event.done:
             event.why.said = IN_FLIGHT
         if self.queued(event):
-            self._ahead.remove(event.job)
             event.job.lane = Lane.DEMAND
-            self._demand.append(event.job)
+            self._number(event.job)
 
     def withdraw(self, event: Any) -> None:
         """In a replay: the copy was never made, whatever this clock made of it. Takes back its bytes, not its time."""
@@ -211,16 +215,26 @@ class ClockStream:
             self._begin(job)
 
     def _next(self) -> _Job | None:
-        for queue in (self._demand, self._ahead):
-            if queue and queue[0].pending == 0:
-                return queue.popleft()
-            if self._in_order:
-                continue
-            for job in queue:
-                if job.pending == 0:
-                    queue.remove(job)
+        if self._in_order:
+            return self._waiting.popleft() if self._waiting and self._waiting[0].pending == 0 else None
+        for heap in self._ready:
+            while heap:
+                number, job = heappop(heap)
+                if number == job.number:  # else it was cancelled or promoted since
                     return job
         return None
+
+    def _number(self, job: _Job) -> None:
+        """Put a job last in its lane."""
+        self._given += 1
+        job.number = self._given
+        if job.pending == 0:
+            self.can_start(job)
+
+    def can_start(self, job: _Job) -> None:
+        """It waits for nothing any more."""
+        if not self._in_order and job.number > 0:
+            heappush(self._ready[job.lane], (job.number, job))
 
     def _begin(self, job: _Job) -> None:
         """Say when it will be over."""
@@ -257,11 +271,12 @@ class ClockStream:
         streams = [self]
         for job in waiters or ():
             job.pending -= 1
-            if job.pending == 0 and job.stream not in streams:
-                streams.append(job.stream)
+            if job.pending == 0:
+                job.stream.can_start(job)
+                if job.stream not in streams:
+                    streams.append(job.stream)
         for stream in streams:
-            if stream._demand or stream._ahead:
-                stream.start()
+            stream.start()
 
 
 class Wire(ClockStream):
