@@ -186,6 +186,9 @@ def _git(*args: str) -> str | None:
 
 def _policies(text: str) -> list[str]:
     names = [] if text == "none" else [name.strip() for name in text.split(",")]
+    if "belady" in names:
+        what = "policy 'belady' evicts by the future, and 0 recorded passes are given"
+        raise Refusal("E_OPTION", what, "see what it would do: duoserve simulate --policy belady")
     return [_one_of("policy", name, POLICIES) for name in names]
 
 
