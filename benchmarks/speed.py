@@ -26,8 +26,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cap import drop_page_cache, memory_group
 from benchmarks.machine import describe
+from duoserve.cap import drop_page_cache, memory_group
 
 SHAPE = {
     "hidden_size": 1024, "intermediate_size": 3584, "num_hidden_layers": 16, "num_attention_heads": 16,
@@ -51,22 +51,6 @@ def make_model(folder: Path) -> Path:
         config = AutoConfig.for_model("mixtral", **SHAPE)
         AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
     return folder
-
-
-def uniform_routes(engine: Any) -> None:
-    """Replace every route by distinct experts drawn uniformly."""
-    import torch
-
-    def redraw(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        x, ids, weights = args
-        drawn = torch.rand(ids.shape[0], module.num_experts).topk(ids.shape[1], dim=1).indices
-        return x, drawn.to(ids), weights
-
-    from duoserve.moe import OffloadedExperts
-
-    for module in engine.model.modules():
-        if isinstance(module, OffloadedExperts):
-            module.register_forward_pre_hook(redraw)
 
 
 def serve(row: str, folder: Path) -> None:
@@ -167,9 +151,10 @@ def _open(row: str, folder: Path) -> tuple[Any, Any]:
             options = {"device_map": "auto", "max_memory": {"cpu": "1500MB"}, "offload_folder": str(folder / "offload")}
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **options).eval(), None
     import duoserve
+    from duoserve.contender import uniform_routes
 
     engine = duoserve.load(folder, cache_dir=str(folder / "cache"), **_options(row, folder))
-    uniform_routes(engine)
+    uniform_routes(engine.model)
     return engine.model, engine
 
 
@@ -225,7 +210,7 @@ def _started(row: str, folder: Path, stack: ExitStack) -> subprocess.Popen[str]:
     cap = row.partition("@")[2]
     if cap:
         group = stack.enter_context(memory_group(_bytes(cap), row))
-        command = ["sh", "-c", f'echo $$ > "{group}/cgroup.procs" && exec "$@"', "sh", *command]
+        command = ["sh", "-c", f'echo $$ > "{group.procs}" && exec "$@"', "sh", *command]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     stack.callback(_ended, process)
     assert process.stdout is not None

@@ -1,1 +1,1 @@
-"""Disaggregated expert parallelism: attention on one group of GPUs, experts on another. Empty so far."""
+"""Disaggregated expert parallelism: attention on one group of GPUs, experts on another."""

@@ -12,7 +12,7 @@ costs nothing, since its slot still holds what it held.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -20,7 +20,8 @@ import torch
 from duoserve.benefit import Benefit
 from duoserve.cache import ExpertCache
 from duoserve.core import Key, Phase, Predictor, Step, When
-from duoserve.device import Event
+from duoserve.decisions import Decisions
+from duoserve.foresight import Foresight
 from duoserve.transfer import Transfer
 
 TIMED = 16  # rankings that are made at once, to see what one takes
@@ -51,15 +52,17 @@ def _likely(scores_E: torch.Tensor, most: int) -> list[int]:
     return [e for e, score in zip(order.tolist(), scores[order].tolist(), strict=True) if score > LIKELY]
 
 
-class Ahead:
+class Ahead(Foresight):
     """One predictor's guesses for the passes of one model. Its state is guarded by the transfer's lock."""
+
+    likely = LIKELY
 
     def __init__(
         self,
         cache: ExpertCache,
         transfer: Transfer,
         experts_per_layer: list[int],
-        think: Callable[[Callable[[], None], bool], Event],
+        think: Callable[[Callable[[], None], int, int, bool], object],
     ):
         self._cache, self._transfer, self._experts, self._think = cache, transfer, experts_per_layer, think
         self.predictor: Predictor | None = None
@@ -83,15 +86,14 @@ class Ahead:
         self.asked = self.in_time = self.too_late = 0
 
     @property
-    def n_bytes(self) -> int:
-        """Of memory that the predictor holds on the device."""
-        return self.predictor.n_bytes if self.predictor is not None else 0
+    def _decisions(self) -> Decisions:
+        return self._transfer.decisions
 
     def begin(self, step: Step) -> None:
         """A pass begins: decode passes of few rows are guessed for, while that pays."""
         self._drop()
         decode = step.phase is Phase.DECODE and step.rows <= FEW_ROWS
-        self._guessing = self.predictor is not None and decode and self.benefit.on
+        self._guessing = self.predictor is not None and decode and self._decisions.said("on", self.benefit.on)
         if self._guessing and self._when(0) is When.START:
             self._ask(step, 0)
 
@@ -100,14 +102,14 @@ class Ahead:
         if self._guessing and self._when(layer) is When.INPUT:
             self._ask(step, layer)
 
-    def spoken(self, step: Step | None, layer: int, needed: Collection[int]) -> None:
+    def spoken(self, step: Step | None, layer: int, tokens: Mapping[int, int]) -> None:
         """A layer's router has spoken, its route is noted: withdraw what else was guessed about it."""
         with self._transfer.lock:
-            began, withdrawn = self._transfer.settle(layer, needed)
+            began, withdrawn = self._transfer.settle(layer, tokens)
             if not self._guessing or step is None:
                 return
             self._learn(layer, began, withdrawn)
-        self._choices = max(1, len(needed))
+        self._choices = max(1, len(tokens))
         self._spoken = (step, layer)
 
     def ask(self) -> None:
@@ -125,6 +127,7 @@ class Ahead:
         """Go on with rankings that found no slot for a guess before; quick where there are none."""
         if self._due:
             with self._transfer.lock:
+                self._decisions.tick()
                 self._due = [ranking for ranking in self._due if not self._guess(ranking)]
 
     def finish(self, step: Step, seconds: float) -> None:
@@ -162,7 +165,7 @@ class Ahead:
         return self._choices if self._begun is None else int(self._begun + 0.5) + 1
 
     def _ask(self, step: Step, layer: int) -> None:
-        if self._cache.whole(layer):
+        if self._decisions.said("whole", self._cache.whole(layer)):
             return
         predictor, ranking = self.predictor, Ranking(layer)
         assert predictor is not None, layer
@@ -173,18 +176,21 @@ class Ahead:
                 return
             began = self._transfer.device.now()
             try:
-                ranking.experts = _likely(predictor.rank(step, layer), n)
+                experts = _likely(predictor.rank(step, layer), n)
             except Exception as error:  # tokens do not depend on it
                 ranking.error = error
                 return
             self._took(self._transfer.device.now() - began)
             with self._transfer.lock:
+                ranking.experts = self._decisions.ranked(number, experts)
                 self._guess(ranking)
 
         self.asked += 1
+        number = self.asked
         self._asked.append(ranking)
         self._due.append(ranking)
-        self._think(rank, len(self._timed) < TIMED or (self._rank_s or 0) < QUICK_S)
+        quick = self._decisions.said("quick", len(self._timed) < TIMED or (self._rank_s or 0) < QUICK_S)
+        self._think(rank, layer, number, quick)
 
     def _took(self, seconds: float) -> None:
         if len(self._timed) < TIMED:
@@ -224,6 +230,7 @@ class Ahead:
         """The pass is over, with all guesses about it."""
         self._spoken = None
         with self._transfer.lock:
+            self._decisions.tick()
             for ranking in self._due:
                 ranking.over = True
             self._due.clear()

@@ -1,5 +1,6 @@
-"""Which expert sits in which slot, and what each is worth keeping. Knows keys, slots and how often each key was wanted;
-knows nothing of bytes, streams or models, and decides nothing about what to fetch. One instance per tier.
+"""Which expert sits in which slot, and what each is worth keeping. Knows keys, slots and how often each key was wanted, or
+what it is told of their worth; knows nothing of bytes, streams or models, and decides nothing about what to fetch. One
+instance per tier.
 
 Worth is how often a layer's router chose the expert, older tokens counting less: aged by the layer's *own* tokens, not by
 accesses to the pool. A plain LRU pool smaller than one token's experts hits nothing, because it evicts just what the layers
@@ -20,6 +21,7 @@ import numpy as np
 from duoserve.core import Key
 
 DECAY = 0.9
+NOTHING = -1e18  # what an expert is worth that nobody will want again
 TIE = 1e-6  # per layer of distance: far less than any difference of worth that matters
 
 
@@ -28,6 +30,7 @@ class Keep(Enum):
 
     WORTH = "worth"  # the one worth least, as above
     RECENT = "recent"  # the one whose layer chose it longest ago (LRU), for comparison
+    TOLD = "told"  # the one worth least by what others foresee (`appraise`)
 
 
 class Slot:
@@ -59,7 +62,9 @@ class ExpertCache:
         self._layer = np.repeat(np.arange(len(experts)), experts)  # of each expert
         self._slot = np.full(len(self._layer), -1, dtype=np.int64)  # of each expert, or -1
         self._worth = np.zeros(len(self._layer))
-        self._open = np.zeros(len(self._layer), dtype=bool)  # sits in a slot that is not pinned
+        self._shut = np.full(len(self._layer), np.inf)  # 0 where it sits in a slot that is not pinned
+        self._ties: dict[int, np.ndarray] = {}  # by turn: what of each expert's worth breaks ties
+        self._value = np.empty(len(self._layer))  # worked on by `offer`
         self._free = list(reversed(self.slots))
         self._turn = 0  # the layer whose turn it is
 
@@ -90,6 +95,8 @@ class ExpertCache:
     def turn(self, layer: int, rows: int, chosen: Mapping[int, int]) -> None:
         """A layer's router has spoken for `rows` tokens: `chosen` is how many of them each expert got."""
         self._turn = layer
+        if self._keep is Keep.TOLD:
+            return
         worth = self._worth[self._first[layer] : self._first[layer + 1]]
         if self._keep is Keep.RECENT:
             self._turns += 1
@@ -101,47 +108,86 @@ class ExpertCache:
         for expert, n in chosen.items():
             worth[expert] += n * per_row
 
+    def appraise(self, worth: np.ndarray, experts: np.ndarray | slice = slice(None)) -> None:
+        """What experts are worth from now on, larger is better: all of them, layer by layer, or those at `experts`."""
+        self._worth[experts] = worth
+
+    def wanted(self) -> Key | None:
+        """The expert worth most of those that sit in no slot and are worth anything; None where there is none."""
+        worth = np.where(self._slot < 0, self._worth, NOTHING)
+        best = int(worth.argmax())
+        layer = int(self._layer[best])
+        return Key(layer, best - self._first[layer]) if worth[best] > NOTHING else None
+
+    def outranks(self, key: Key, slot: Slot) -> bool:
+        """Whether a key is worth more than what a slot holds."""
+        return slot.key is None or bool(self._worth[self._at(key)] > self._worth[self._at(slot.key)])
+
     def claim(self, key: Key, sparing: int | None = None) -> Slot | None:
         """A pinned slot for a key that has none, nothing of layer `sparing` evicted for it; None while there is none.
 
         The slot's `ready` and `released` are still those of its former life: the caller's write must wait for both.
         """
         slot = self.offer(sparing)
-        if slot is None:
-            return None
-        assert self._slot[self._at(key)] < 0, key
+        if slot is not None:
+            self.take(slot, key)
+        return slot
+
+    def take(self, slot: Slot, key: Key) -> None:
+        """Give a key this slot, pinned: one that was offered, or any with a key that is not pinned."""
+        assert self._slot[self._at(key)] < 0 and slot.pins == 0, (key, slot)
         if slot.key is None:
+            if self._free[-1] is not slot:
+                self._free.remove(slot)
+                self._free.append(slot)
             self._free.pop()
         else:
-            self._slot[self._at(slot.key)], self._open[self._at(slot.key)] = -1, False
+            former = self._at(slot.key)
+            self._slot[former], self._shut[former] = -1, np.inf
             self.evictions += 1
         slot.key, slot.pins = key, 1
         self._slot[self._at(key)] = slot.index
-        return slot
 
     def offer(self, sparing: int | None = None) -> Slot | None:
         """The slot that `claim` would take: a free one, else that of the expert worth least."""
         if self._free:
             return self._free[-1]
-        open_ = self._open if sparing is None else self._open & (self._layer != sparing)
-        until_turn = (self._layer - self._turn - 1) % self._layers
-        expert = int(np.argmin(np.where(open_, self._worth - TIE * until_turn, np.inf)))
-        return self.slots[self._slot[expert]] if open_[expert] else None
+        value = np.add(self._worth, self._shut, out=self._value)
+        if self._keep is not Keep.TOLD:
+            value -= self._tie()
+        if sparing is not None:
+            value[self._first[sparing] : self._first[sparing + 1]] = np.inf
+        expert = value.argmin()
+        return self.slots[self._slot[expert]] if value[expert] < np.inf else None
+
+    def least(self, worth: np.ndarray) -> Slot:
+        """A free slot, else that of the expert worth least by other figures than the pool's own; it may be pinned."""
+        if self._free:
+            return self._free[-1]
+        return self.slots[self._slot[int(np.where(self._slot >= 0, worth, np.inf).argmin())]]
+
+    def _tie(self) -> np.ndarray:
+        """What makes the layer that comes round last worth a little less."""
+        ties = self._ties.get(self._turn)
+        if ties is None:
+            ties = self._ties[self._turn] = TIE * ((self._layer - self._turn - 1) % self._layers)
+        return ties
 
     def pin(self, slot: Slot) -> None:
         assert slot.key is not None, slot
         slot.pins += 1
-        self._open[self._at(slot.key)] = False
+        self._shut[self._at(slot.key)] = np.inf
 
     def unpin(self, slot: Slot) -> None:
         assert slot.key is not None and slot.pins > 0, slot
         slot.pins -= 1
-        self._open[self._at(slot.key)] = slot.pins == 0
+        if slot.pins == 0:
+            self._shut[self._at(slot.key)] = 0.0
 
     def forget(self, slot: Slot) -> None:
         """Empty a slot whose copy failed."""
         assert slot.key is not None, slot
-        self._slot[self._at(slot.key)], self._open[self._at(slot.key)] = -1, False
+        self._slot[self._at(slot.key)], self._shut[self._at(slot.key)] = -1, np.inf
         slot.key, slot.pins, slot.ready = None, 0, None
         self._free.append(slot)
 
@@ -154,13 +200,16 @@ class ExpertCache:
             return
         self._free.pop()
         slot.key, slot.ready = former, ready
-        self._slot[self._at(former)], self._open[self._at(former)] = slot.index, True
+        self._slot[self._at(former)], self._shut[self._at(former)] = slot.index, 0.0
         self.evictions -= 1
 
     def check(self) -> None:
         """Integrity when idle: every key has one slot, every slot at most one key, nothing is pinned."""
         held = [slot for slot in self.slots if slot.key is not None]
-        assert len(held) == len(self) == int((self._slot >= 0).sum()) == int(self._open.sum()), (len(held), len(self))
+        assert len(held) == len(self) == int((self._slot >= 0).sum()) == int((self._shut == 0).sum()), (
+            len(held),
+            len(self),
+        )
         for slot in held:
             assert slot.key is not None and self.lookup(slot.key) is slot and slot.pins == 0, slot
 

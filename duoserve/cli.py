@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from duoserve import learning, serving, tracing
+from duoserve import benching, learning, serving, showing, simulating, tracing
 from duoserve.config import EngineConfig, parse_size, size
 from duoserve.core import Refusal, nearest
 from duoserve.version import __version__
@@ -52,7 +52,10 @@ Dtype = Annotated[str | None, typer.Option(help="Arithmetic and trunk: bfloat16,
 DeviceName = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
 Ctx = Annotated[str | None, typer.Option(help="Tokens of context to plan for, such as 4096 or 32k.")]
 PolicyName = Annotated[
-    str, typer.Option("--policy", help="duoserve; or lru, on-demand: the same slots without guesses, to compare with.")
+    str,
+    typer.Option(
+        "--policy", help="duoserve; or, on the same slots, to compare with: lru, on-demand, lfp, mif, duoserve-paper."
+    ),
 ]
 PredictorName = Annotated[
     str | None,
@@ -63,6 +66,7 @@ PredictorName = Annotated[
 Link = Annotated[
     str | None, typer.Option(help="Slow copies to so many bytes per second, such as 500MB: for experiments, CPU only.")
 ]
+Slots = Annotated[str | None, typer.Option(help="At most so many slots, or top-k: what one layer's token chooses.")]
 Threads = Annotated[int | None, typer.Option(help="Threads of arithmetic. Default: the real cores that may be used.")]
 CacheDir = Annotated[str | None, typer.Option(help="Where converted stores are kept.")]
 
@@ -100,6 +104,10 @@ def chat(
     policy: PolicyName = "duoserve",
     predictor: PredictorName = None,
     link: Link = None,
+    timeline: Annotated[
+        Path | None, typer.Option("--timeline", help="Record what happens when, for `duoserve timeline FILE`.")
+    ] = None,
+    slots: Slots = None,
     url: Annotated[str | None, typer.Option(help="Talk to a server, such as http://127.0.0.1:8000, instead.")] = None,
     api_key: Annotated[
         str | None, typer.Option(envvar="DUOSERVE_API_KEY", show_default=False, help="What that server asks for.")
@@ -107,15 +115,20 @@ def chat(
 ) -> None:
     """Chat with a model in the terminal, or answer one --prompt."""
     where = {"budget": budget, "format": format, "trunk": trunk, "dtype": dtype, "device": device, "ctx": ctx}
-    more = {"cache_dir": cache_dir, "threads": threads, "policy": policy, "link": link}
+    more = {"cache_dir": cache_dir, "threads": threads, "policy": policy, "link": link, "slots": slots}
+    if timeline is not None and url is not None:
+        raise Refusal("E_OPTION", "--timeline is the server's", "leave it out with --url")
+    if timeline is not None and not timeline.parent.is_dir():  # said before a model is loaded
+        raise Refusal("E_IO", f"{timeline.parent} is no folder", "give a file in one that is there")
     with _conversation(model, where | more, predictor, system, url, api_key) as (chat, greeting):
         from duoserve import repl
 
         sampling = repl.sampling(max_new_tokens, temperature, top_p, seed)
-        if prompt is not None:
-            repl.answer_once(chat, prompt, sampling, as_json)
-        else:
-            repl.run(chat, greeting, sampling, as_json)
+        with _recorded(chat.engine, timeline, predictor):
+            if prompt is not None:
+                repl.answer_once(chat, prompt, sampling, as_json)
+            else:
+                repl.run(chat, greeting, sampling, as_json)
 
 
 @app.command()
@@ -344,6 +357,27 @@ def _engine(model: str | None, options: dict[str, Any], predictor: str | None = 
         engine.close()
 
 
+@contextmanager
+def _recorded(engine: Engine, path: Path | None, predictor: str | None) -> Iterator[None]:
+    """Record into a file what happens meanwhile; nothing where there is none."""
+    if path is None:
+        yield
+        return
+    from duoserve import doctor
+    from duoserve.runfile import Run, write_run
+    from duoserve.timeline import Timeline
+
+    timeline = Timeline()
+    engine.record(timeline)
+    try:
+        yield
+    finally:
+        engine.record(None)
+        meta = engine.about() | {"predictor": predictor or "default"}
+        write_run(path, Run.of(timeline, meta, doctor.identity()))
+        print(f"recorded {path}: `duoserve timeline {path} --png picture.png` shows it", file=sys.stderr)
+
+
 class _Interrupted(Exception):
     """Ctrl-C where it matters to know what of the work is lost."""
 
@@ -394,6 +428,9 @@ def _shown_progress() -> Iterator[Progress]:
 tracing.register(app)
 learning.register(app)
 serving.register(app)
+showing.register(app)
+benching.register(app)
+simulating.register(app)
 
 
 def main() -> None:

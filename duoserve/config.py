@@ -6,13 +6,14 @@ import re
 from dataclasses import dataclass, fields
 from typing import Any
 
-from duoserve.core import Refusal, nearest
+from duoserve.core import Policy, Refusal, nearest
 
 FORMATS = ("int4", "nf4", "bf16")
 DTYPES = ("bfloat16", "float32", "float16")
 MAX_THREADS = 4096
 MAX_SEQUENCES = 256
-POLICIES = ("duoserve", "lru", "on-demand")
+POLICIES = tuple(policy.value for policy in Policy)
+TOP_K = "top-k"
 DEVICES = ("auto", "cpu", "cuda")
 
 _UNITS = {"": 1, "b": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
@@ -36,6 +37,15 @@ def size(n_bytes: float) -> str:
             return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.1f} {unit}"
         n_bytes /= 1024
     return f"{n_bytes:.2f} GiB"
+
+
+def parse_slots(text: str | int) -> int | None:
+    """Slots in `16`; None for `top-k`, as many as a token chooses experts in one layer."""
+    if text == TOP_K:
+        return None
+    if not re.fullmatch(r"[1-9]\d{0,8}", str(text)):
+        raise Refusal("E_OPTION", f"slots {text!r} is not a number of slots", f"write it like 16, or {TOP_K}")
+    return int(text)
 
 
 def parse_share(text: str) -> float:
@@ -70,6 +80,7 @@ class EngineConfig:
     threads: int | None = None
     policy: str = "duoserve"
     link: str | int | None = None
+    slots: str | int | None = None
     sequences: int = 1
 
     def __post_init__(self) -> None:
@@ -80,6 +91,8 @@ class EngineConfig:
         _one_of("policy", self.policy, POLICIES)
         if self.link is not None:
             parse_size(self.link, "link")
+        if self.slots is not None:
+            parse_slots(self.slots)
         if isinstance(self.budget, str) and self.budget.strip().endswith("%"):
             parse_share(self.budget)
         elif self.budget not in (None, "min", "half"):

@@ -30,6 +30,12 @@ class Policy(Enum):
     DUOSERVE = "duoserve"  # asynchronous, resident first, kept by worth, guessed ahead where a predictor pays
     LRU = "lru"  # strong on-demand: asynchronous, resident first, the least recently used goes; nothing is guessed
     ON_DEMAND = "on-demand"  # one after the other: an absent expert is fetched and waited for before it is computed
+    LFP = "lfp"  # layer-wise full prefetch (MoESys): while a layer computes, all experts of the next one are fetched
+    MIF = (
+        "mif"  # MoE-Infinity: fetched ahead and kept by the activation ratios of the stored request most like this one
+    )
+    PAPER = "duoserve-paper"  # DuoServe as published: two buffers in prefill, the predictor's top-k in decode, always
+    BELADY = "belady"  # knows the future: what is needed last goes first, what is needed next comes first
 
 
 class Lane(IntEnum):

@@ -6,14 +6,14 @@ from __future__ import annotations
 
 from collections.abc import Generator
 
-from duoserve.ahead import Ahead
 from duoserve.cache import Slot
 from duoserve.core import Key, Policy
+from duoserve.foresight import Foresight
 from duoserve.transfer import Transfer
 
 
 class Decode:
-    def __init__(self, transfer: Transfer, policy: Policy, ahead: Ahead):
+    def __init__(self, transfer: Transfer, policy: Policy, ahead: Foresight):
         self._transfer, self._policy, self._ahead = transfer, policy, ahead
 
     def run(self, layer: int, rows: int, tokens: dict[int, int]) -> Generator[Slot, None, None]:

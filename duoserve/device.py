@@ -1,7 +1,8 @@
 """The machine, and the only file that names CUDA, pinned memory, streams or threads.
 
 A device has a compute stream, a copy stream, arenas of memory, and one way to wait for its data (`read`). Work is handed
-over as `stream.submit(fn, after=events, behind=events, lane=..., cost=...) -> Event`. Knows nothing of experts or files.
+over as `stream.submit(fn, after=events, behind=events, lane=..., cost=...) -> Event`. How long compute waited for what is
+counted always (`device.thread.stalls`), all that happens only while somebody records. Knows nothing of experts or files.
 """
 
 from __future__ import annotations
@@ -14,23 +15,54 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from duoserve.core import Key, Lane, Refusal
 from duoserve.system import available_ram
+from duoserve.timeline import (
+    AHEAD,
+    COMBINE,
+    COMPUTE,
+    COPY,
+    DEMAND,
+    DISK,
+    EXPERT,
+    GUESS,
+    IN_FLIGHT,
+    MODEL,
+    NONE,
+    PREDICTOR,
+    RANK,
+    READ,
+    SCHEDULE,
+    SLOT,
+    STALL,
+    ModelThread,
+    Timeline,
+    Why,
+)  # fmt: skip
 
 PAGE = 4096  # direct reads want addresses, offsets and lengths in multiples of this
 PIN_CHUNK = 256 << 20  # bytes registered per call: one failing call must not cost the whole pool
+_COMPUTED = Why(COMPUTE)
+_TRACKS = {  # of a worker's jobs by stream and lane
+    "copy": {Lane.DEMAND: DEMAND, Lane.AHEAD: AHEAD},
+    "disk": {Lane.DEMAND: DISK, Lane.AHEAD: DISK},
+    "predict": {Lane.DEMAND: PREDICTOR, Lane.AHEAD: PREDICTOR},
+}
+_KINDS = {"copy": COPY, "disk": READ, "predict": RANK}
 
 
 class Event:
-    """Something that will have happened. On a GPU: first `issued` by the host, later done on the device."""
+    """Something that will have happened, and why it was begun. On a GPU: `issued` by the host, later done on the device."""
 
-    __slots__ = ("_issued", "_mark", "error")
+    __slots__ = ("_issued", "_mark", "error", "why")
 
-    def __init__(self) -> None:
+    def __init__(self, why: Why = _COMPUTED) -> None:
+        self.why = why
         self._issued = threading.Event()
         self._mark: torch.cuda.Event | None = None
         self.error: BaseException | None = None
@@ -86,17 +118,28 @@ class _Job:
     event: Event
     cost: float
     what: Key | None
+    lane: Lane
+    held_by: Event | None = None  # what it was first seen to wait for, and since when
+    held_since: float = 0.0
 
     @property
     def can_start(self) -> bool:
         return all(event.issued for event in self.after) and all(event.issued for event in self.behind)
 
+    def hold(self) -> None:
+        """It cannot start yet: note once why."""
+        if self.held_by is None:
+            self.held_since = time.perf_counter()
+            self.held_by = next((event for event in (*self.behind, *self.after) if not event.issued), None)
+            if self.held_by in self.behind and self.event.why.said == DEMAND:
+                self.event.why.said = SLOT
+
 
 class InlineStream:
     """Runs work on the submitting thread, in order; on CUDA that is the current stream of that thread."""
 
-    def __init__(self, cuda: bool = False):
-        self._cuda = cuda
+    def __init__(self, thread: ModelThread, cuda: bool = False):
+        self._thread, self._cuda = thread, cuda
 
     def submit(
         self,
@@ -112,15 +155,32 @@ class InlineStream:
         for event in behind:
             event.order(stream, needed=False)
         for event in after:
-            event.order(stream)
+            if event.issued:
+                event.order(stream)
+            else:
+                self._thread.wait(partial(event.order, stream), event.why.stall, what)
+        if self._thread.timeline is None:
+            fn()
+        else:
+            self._followed(fn, what)
+        return _marked(stream)
+
+    def _followed(self, fn: Callable[[], Any], what: Key | None) -> None:
+        layer, expert = what or (self._thread.layer, NONE)
+        self._thread.turn(EXPERT if what is not None else COMBINE, layer, expert)
         fn()
-        if stream is None:
-            return DONE
-        event = Event()
-        event.set(mark=stream.record_event())
-        return event
+        self._thread.turn(SCHEDULE, layer)
 
     def close(self) -> None: ...
+
+
+def _marked(stream: torch.cuda.Stream | None) -> Event:
+    """Happens once all that `stream` was given so far is done; without one, that is now."""
+    if stream is None:
+        return DONE
+    event = Event()
+    event.set(mark=stream.record_event())
+    return event
 
 
 class WorkerStream:
@@ -139,8 +199,12 @@ class WorkerStream:
         in_order: bool = False,
         board: threading.Condition | None = None,
         rate: int | None = None,
+        stalls: dict[str, float] | None = None,
     ):
         self._rate, self._free_at = rate, 0.0  # bytes per second that jobs are slowed to, and when the next may begin
+        self._name, self._stalls = name, stalls  # where a stream that computes counts how long it waited for what
+        self._numbered = threads > 1
+        self._timeline: Timeline | None = None
         self._lanes: dict[Lane, deque[_Job]] = {lane: deque() for lane in Lane}
         self._board = board or threading.Condition()
         self._shared = board is not None  # by streams that wait for each other
@@ -152,7 +216,8 @@ class WorkerStream:
         self.busy_s = 0.0  # seconds with at least one job running
         self.cost_done: float = 0
         self._threads = [
-            threading.Thread(target=self._work, name=f"duoserve-{name}-{i}", daemon=True) for i in range(threads)
+            threading.Thread(target=self._work, args=(i,), name=f"duoserve-{name}-{i}", daemon=True)
+            for i in range(threads)
         ]
         for thread in self._threads:
             thread.start()
@@ -171,13 +236,18 @@ class WorkerStream:
         What `fn`, or an event of `after`, raises, waiting for the returned event raises. `cost` is bytes, or
         seconds of compute where they are known; `what` the expert whose work it is.
         """
-        job = _Job(fn, tuple(after), tuple(behind), Event(), cost, what)
+        event = Event(Why(DEMAND if lane is Lane.DEMAND else GUESS))
+        job = _Job(fn, tuple(after), tuple(behind), event, cost, what, lane)
         with self._board:
             if self._closed:
                 raise RuntimeError("the stream is closed: the engine was shut down")
             self._lanes[lane].append(job)
             self._wake()
-        return job.event
+        return event
+
+    def record(self, timeline: Timeline | None) -> None:
+        """Note jobs that begin from now on, and what they waited for, in `timeline`."""
+        self._timeline = timeline
 
     def cancel(self, event: Event) -> bool:
         """Take a job that nobody started out of the AHEAD queue; False where it is too late."""
@@ -198,10 +268,13 @@ class WorkerStream:
     def promote(self, event: Event) -> None:
         """A guess turned out to be needed: move its job, if still queued, to the DEMAND lane."""
         with self._board:
+            if event.why.said == GUESS and not event.issued:
+                event.why.said = IN_FLIGHT
             job = self._guess(event)
             if job is not None:
                 self._lanes[Lane.AHEAD].remove(job)
                 self._lanes[Lane.DEMAND].append(job)
+                job.lane = Lane.DEMAND
 
     def close(self) -> None:
         """Finish what is queued, then end the threads."""
@@ -223,13 +296,16 @@ class WorkerStream:
                             queue.remove(job)
                             self._enter()
                             return job
+                        job.hold()
                 if self._closed and not any(self._lanes.values()):
                     return None
                 self._board.wait()
 
-    def _work(self) -> None:
+    def _work(self, number: int) -> None:
+        ended = 0.0
         while (job := self._next()) is not None:
-            mark, error = None, None
+            mark, error, timeline, free_since = None, None, self._timeline, ended
+            began = time.perf_counter()
             try:
                 for event in job.behind:
                     event.order(self._cuda, needed=False)
@@ -243,11 +319,33 @@ class WorkerStream:
                 mark = self._cuda.record_event() if self._cuda is not None else None
             except BaseException as raised:  # handed to whoever waits for the event
                 error = raised
+            ended = time.perf_counter()
+            if job.held_by is not None:
+                self._waited(timeline, number, job, max(free_since, job.held_since), began)
+            if timeline is not None:
+                layer, expert = job.what or (NONE, NONE)
+                timeline.add(self._track(number, job), self._kind(job), layer, expert, began, ended, job.event.why)
             with self._board:
                 self._leave(job.cost)
                 job.event.set(mark, error)
                 if self._shared or any(self._lanes.values()):  # what waited for this one may start
                     self._wake()
+
+    def _waited(self, timeline: Timeline | None, number: int, job: _Job, since: float, until: float) -> None:
+        """A worker had nothing else to do while the job could not start."""
+        assert job.held_by is not None, job
+        cause = SLOT if job.held_by in job.behind else DISK if self._stalls is None else job.held_by.why.stall
+        if self._stalls is not None:
+            self._stalls[cause] += until - since
+        if timeline is not None:
+            timeline.add(self._track(number, job), STALL, *(job.what or (NONE, NONE)), since, until, cause)
+
+    def _track(self, number: int, job: _Job) -> str:
+        track = _TRACKS[self._name][job.lane] if self._name in _TRACKS else self._name
+        return f"{track} {number}" if self._numbered else track
+
+    def _kind(self, job: _Job) -> str:
+        return _KINDS.get(self._name, COMBINE if job.what is None else EXPERT)
 
     def _wake(self) -> None:
         """A job may be able to start. One worker is enough, unless those who wait are of several streams: each that wakes in
@@ -302,9 +400,10 @@ class ThreadDevice:
         self, copy_threads: int = 2, threaded_compute: bool = False, host_tier: bool = False, link: int | None = None
     ):
         board = threading.Condition() if threaded_compute or host_tier else None
-        self.compute: InlineStream | WorkerStream = InlineStream()
+        self.thread = ModelThread(time.perf_counter)
+        self.compute: InlineStream | WorkerStream = InlineStream(self.thread)
         if threaded_compute:
-            self.compute = WorkerStream("compute", in_order=True, board=board)
+            self.compute = WorkerStream("compute", in_order=True, board=board, stalls=self.thread.stalls)
         self.copy = WorkerStream("copy", copy_threads, board=board, rate=link)
         self.disk = WorkerStream("disk", copy_threads, board=board) if host_tier else None
         self.predict = WorkerStream("predict")
@@ -335,6 +434,14 @@ class ThreadDevice:
         """Nothing to register: copies between host memory need none."""
         return 0
 
+    def record(self, timeline: Timeline | None) -> None:
+        """Note what happens from now on in `timeline`, or in none."""
+        inline = isinstance(self.compute, InlineStream)
+        self.thread.record(timeline, COMPUTE if inline else MODEL)
+        for stream in (self.predict, self.copy, self.disk, None if inline else self.compute):
+            if isinstance(stream, WorkerStream):
+                stream.record(timeline)
+
     def close(self) -> None:
         for stream in (self.predict, self.copy, self.disk, self.compute):
             if stream is not None:
@@ -350,7 +457,8 @@ class CudaDevice:
         if not torch.cuda.is_available():
             raise Refusal("E_DEVICE", "no CUDA GPU can be used here (0 found)", "run with --device cpu", 7)
         self.torch_device = torch.device("cuda", torch.cuda.current_device())
-        self.compute = InlineStream(cuda=True)
+        self.thread = ModelThread(time.perf_counter)
+        self.compute = InlineStream(self.thread, cuda=True)
         board = threading.Condition()
         self.copy = WorkerStream("copy", copy_threads, cuda=True, board=board)
         self.disk: WorkerStream | None = WorkerStream("disk", copy_threads, board=board)
@@ -367,7 +475,7 @@ class CudaDevice:
         return tensor.to("cpu")
 
     def mark(self) -> Event:
-        return self.compute.submit(lambda: None)
+        return _marked(torch.cuda.current_stream())
 
     def join(self, event: Event) -> None:
         event.order(torch.cuda.current_stream())
@@ -385,6 +493,13 @@ class CudaDevice:
                 break
             pinned += chunk.numel()
         return pinned
+
+    def record(self, timeline: Timeline | None) -> None:
+        """Note what the host does from now on in `timeline`, or in none; what the GPU does in between is not seen."""
+        self.thread.record(timeline, COMPUTE)
+        for stream in (self.predict, self.copy, self.disk):
+            if stream is not None:
+                stream.record(timeline)
 
     def close(self) -> None:
         for stream in (self.predict, self.copy, self.disk):

@@ -23,6 +23,7 @@ from duoserve.config import EngineConfig, parse_size
 from duoserve.convert import Conversion, Progress, write_store
 from duoserve.core import Policy, Predictor, Refusal, nearest
 from duoserve.device import Device, in_background, open_device
+from duoserve.future import Future
 from duoserve.hub import resolve
 from duoserve.manifest import is_store
 from duoserve.model import load_model
@@ -33,6 +34,7 @@ from duoserve.shelf import cache_dir, note_use, refuse_half_made
 from duoserve.sizing import CACHE
 from duoserve.store import Store
 from duoserve.system import give_back, use_threads
+from duoserve.timeline import Timeline
 
 DEMO = Path(__file__).parent / "demo"
 DEFAULT_NEW_TOKENS = 512
@@ -79,8 +81,9 @@ def load(
     stock float32 model's. `device` auto, cpu, cuda. `threads` of torch's arithmetic, in all of this process (default:
     $OMP_NUM_THREADS, else the real cores that may be used). `predictor` guesses ahead while that pays, its memory counted
     in the budget. `sequences`: how many of `ctx` tokens keys and values are planned for (1). `policy` duoserve, or, to
-    compare with, lru or on-demand (`duoserve.core.Policy`). `link` slows copies to so many bytes per second, for
-    experiments (CPU). `progress` is told of a download or conversion: bytes done, in all, what.
+    compare with, one of `duoserve.core.Policy`. `slots` at most, a number or "top-k" (as many as a token chooses in one
+    layer, as in the paper). `link` slows copies to so many bytes per second, for experiments (CPU). `progress` is told of
+    a download or conversion: bytes done, in all, what.
     Unknown options, and budgets below the smallest, raise `Refusal` (a ValueError) of one line.
     """
     quiet()
@@ -268,6 +271,13 @@ class Engine:
             ) from error
         return encoded["input_ids"]
 
+    def foresee(self, future: Future) -> None:
+        """The passes from the next one on will choose so: for `policy="belady"`, which replays what was recorded."""
+        if future.experts != (experts := tuple(layer.n_experts for layer in self.store.layers)):
+            what = f"the future is of layers with {list(future.experts)} experts, the model has {list(experts)}"
+            raise Refusal("E_OPTION", what, "record this model")
+        self.runtime.foresee(future)
+
     def predict(self, predictor: Predictor | None, always: bool = False) -> None:
         """Let decode guess with `predictor` from the next pass on (None: with none). Tokens do not depend on it.
 
@@ -283,9 +293,25 @@ class Engine:
             )
         self.runtime.predict(predictor, always)
 
+    def record(self, timeline: Timeline | None) -> None:
+        """Note what happens from the next pass on in `timeline`, until None is given. Tokens do not depend on it."""
+        self.runtime.record(timeline)
+
     def routers(self) -> list[Router | None]:
         """The model's routers as plain values, one for each MoE layer; None where a family keeps them in another shape."""
         return routers_of(self.model, [layer.module for layer in self.store.layers])
+
+    def about(self) -> dict[str, str]:
+        """What runs here, in words: for whoever writes figures down."""
+        plan = self.plan
+        return {
+            "model": self.store.folder.name,
+            "policy": self.runtime.policy.value,
+            "residency": f"{plan.slots} of {plan.experts} experts",
+            "format": self.store.format,
+            "device": self.device.name,
+            "threads": str(torch.get_num_threads()),
+        }
 
     def stats(self) -> dict[str, Any]:
         """Figures since loading: experts hit, in flight, missed; bytes; planned against used memory. Bytes and seconds."""
@@ -332,6 +358,7 @@ class Engine:
             "bytes_moved": copy.cost_done,
             "link_busy_s": copy.busy_s,
             "link_gbps": copy.cost_done / copy.busy_s / 1e9 if copy.busy_s else None,
+            "stall_s": dict(self.runtime.stalls),
             "budget_bytes": self.plan.budget_bytes,
             "planned_bytes": sum(planned.values()),
             "used_bytes": sum(used.values()),

@@ -108,12 +108,26 @@ class _Road(NamedTuple):
     together: float
 
 
+class Limit(NamedTuple):
+    """Seconds that no engine could beat, and what they are spent on: memory, disk or link."""
+
+    seconds: float
+    by: str
+
+
+def limit(read_bytes: float, moved_bytes: float, memory: float, road: float, road_name: str) -> Limit:
+    """Kernels read `read_bytes` at `memory` bytes/s while `moved_bytes` come at `road` bytes/s; nothing else is done."""
+    memory_s, road_s = read_bytes / memory, moved_bytes / road
+    return Limit(memory_s, "memory") if memory_s >= road_s else Limit(road_s, road_name)
+
+
 def estimate(needs: Needs, shares: Shares, profile: Profile) -> Estimate:
     missed = (1 - shares.slots) * needs.active_bytes
     token_bytes = needs.trunk_bytes + needs.active_bytes + needs.kv_bytes
     road = {layer: _road(layer.slab_bytes, shares, profile) for layer in set(needs.layers)}
     fastest = max(road[layer].together for layer in needs.layers)
-    memory_s, road_s = token_bytes / profile.memory, missed / fastest
+    road_name = "link" if profile.link and shares.disk == 0 else "disk"
+    least = limit(token_bytes, missed, profile.memory, fastest, road_name)
     return Estimate(
         token_bytes=token_bytes,
         missed_bytes=missed,
@@ -121,8 +135,8 @@ def estimate(needs: Needs, shares: Shares, profile: Profile) -> Estimate:
         resident_s=_step(needs, 1.0, profile, profile.cold, road),
         token_s=_step(needs, shares.slots, profile, profile.cold, road),
         low_s=_step(needs, shares.slots, profile, profile.warm, road),
-        limit_s=max(memory_s, road_s),
-        limited_by="memory" if memory_s >= road_s else "link" if profile.link and shares.disk == 0 else "disk",
+        limit_s=least.seconds,
+        limited_by=least.by,
         prompt=needs.context,
         prompt_compute_s=_prompt_compute(needs, profile),
         prompt_stream_s=sum(

@@ -59,6 +59,9 @@ def train(
         print(f"  {name}: slot recall {found['slot_recall']:.1%}, exact {found['exact']:.1%} ({by})")
 
 
+SURE = 0.005  # share done from which a guess at the time left is worth saying
+
+
 class _Told:
     """Progress with the time left on stderr: in a terminal one line that changes, else a line every 5 s."""
 
@@ -71,7 +74,7 @@ class _Told:
         if now - self._said < (0.2 if terminal else 5) and share < 1:
             return
         self._said = now
-        left = f", {(now - self._began) * (1 - share) / share:.0f} s left" if 0 < share < 1 else ""
+        left = f", {(now - self._began) * (1 - share) / share:.0f} s left" if SURE < share < 1 else ""
         line = f"{what}: {share:.0%}{left}"
         if terminal:
             print(f"\r\x1b[K{line}", end="\n" if share >= 1 else "", file=sys.stderr, flush=True)

@@ -13,15 +13,30 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import nn
 
-from duoserve.ahead import Ahead
-from duoserve.cache import ExpertCache, Keep, Slot
-from duoserve.core import Observer, Phase, Policy, Predictor, Route, Step
-from duoserve.decode import Decode
-from duoserve.device import DONE, Device, Event
+from duoserve import policies
+from duoserve.cache import ExpertCache, Slot
+from duoserve.core import Key, Observer, Phase, Policy, Predictor, Route, Step
+from duoserve.decisions import Decisions
+from duoserve.device import Device, Event
 from duoserve.experts import Groups, Weights, combine, expert_function, group
+from duoserve.future import Future
 from duoserve.int4 import Scratch
-from duoserve.prefill import Prefill
 from duoserve.store import Store
+from duoserve.timeline import (
+    COMPUTE,
+    HEAD,
+    NONE,
+    OUTSIDE,
+    PASSES,
+    PREDICTOR,
+    QUICK,
+    RANK,
+    ROUTE,
+    SCHEDULE,
+    STALL,
+    TRUNK,
+    Timeline,
+)
 from duoserve.transfer import HostTier, Transfer
 
 
@@ -68,11 +83,12 @@ class Runtime:
     def __init__(self, device: Device, cache: ExpertCache, transfer: Transfer, policy: Policy = Policy.DUOSERVE):
         self.device, self.cache, self.transfer, self.policy = device, cache, transfer, policy
         self._per_layer = [layer.n_experts for layer in transfer.store.layers]
-        self.ahead = Ahead(cache, transfer, self._per_layer, self._think)
-        self.decode = Decode(transfer, policy, self.ahead)
-        self.prefill = Prefill(cache, transfer, self._per_layer, policy)
+        self.prefill, self.decode, self.ahead = policies.schedules(
+            policy, cache, transfer, self._per_layer, self._think
+        )
         self.observers: list[Observer] = []
         self.company: Company | None = None
+        self._thread = device.thread
         self.steps = 0
         self._step: Step | None = None
         self._learns = self._hidden = self._inputs = False  # what the running pass is asked for
@@ -97,6 +113,22 @@ class Runtime:
             yield
         finally:
             self._on_layer = self._cancelled = None
+            self._thread.turn(OUTSIDE)  # also where a pass was left early
+
+    @property
+    def timeline(self) -> Timeline | None:
+        """What is being recorded into."""
+        return self._thread.timeline
+
+    def record(self, timeline: Timeline | None) -> None:
+        """Record what happens from now on, or no more; what is computed does not depend on it."""
+        with self._lock:
+            self.device.record(timeline)
+
+    @property
+    def stalls(self) -> dict[str, float]:
+        """Seconds that compute waited for experts, by cause (`timeline.CAUSES`), since the device was opened."""
+        return self._thread.stalls
 
     @property
     def learns(self) -> bool:
@@ -112,12 +144,25 @@ class Runtime:
         with self._lock:
             self.ahead.use(predictor, always)
 
+    def decide(self, decisions: Decisions) -> None:
+        """From now on these note, or say, what the clock decides."""
+        with self._lock:
+            self.transfer.decide(decisions)
+
+    def foresee(self, future: Future) -> None:
+        """The passes from the next one on will choose so: for `Policy.BELADY`, which knows it."""
+        with self._lock:
+            self.ahead.foresee(future)
+
     def begin(self, step: Step) -> None:
         """A pass starts; its routes are noted only where somebody wants them."""
         if self.company is not None and self.company.inside:
             self.company.begin(step)
             return
+        if self.timeline is not None and self.timeline.full:
+            self.record(None)
         self._began = self.device.now()
+        self._thread.turn(TRUNK, 0)
         step.previous, self._former = _followed(self._former, step), None
         self._step = step
         self.steps += 1
@@ -141,19 +186,30 @@ class Runtime:
         step, self._step = self._step, None
         if step is None:
             return 0
-        self.ahead.finish(step, self.device.now() - self._began)
+        ended = self.device.now()
+        self.ahead.finish(step, ended - self._began)
+        if self.timeline is not None:
+            self.timeline.add(PASSES, step.phase.value, NONE, NONE, self._began, ended)
+            self._thread.turn(OUTSIDE)
         for observer in self.observers:
             observer(step)
         if self.learns:
             self._former = step
         return step.rows
 
-    def _think(self, fn: Callable[[], None], quick: bool) -> Event:
-        """Run `fn` on the predictor's stream, after what was computed so far; at once if that is quick and a thread."""
-        if quick and self.device.name == "cpu":
-            fn()
-            return DONE
-        return self.device.predict.submit(fn, (self.device.mark(),))
+    def _think(self, fn: Callable[[], None], layer: int, number: int, quick: bool) -> None:
+        """Make the ranking `number`, of a layer, on the predictor's stream, after what was computed so far; at once if
+        that is quick and a thread."""
+        what = Key(layer, NONE)
+        if not (quick and self.device.name == "cpu"):
+            self.transfer.decisions.think(
+                number, fn, lambda: self.device.predict.submit(fn, (self.device.mark(),), what=what)
+            )
+            return
+        began = self.device.now()
+        self._thread.wait(fn, PREDICTOR, what)
+        if self.timeline is not None:
+            self.timeline.add(QUICK, RANK, layer, NONE, began, self.device.now())
 
     def run(
         self,
@@ -170,6 +226,7 @@ class Runtime:
             if self._closed:
                 raise RuntimeError("the engine is closed")
             self._follow(layer)
+            self._thread.turn(ROUTE, layer)
             ids = self.device.read(ids_TK)
             self._note(layer, ids, weights_TK, x_TD)
             groups = group(x_TD, ids, self._per_layer[layer])
@@ -181,13 +238,20 @@ class Runtime:
 
             y: list[torch.Tensor] = []
             last = Work(lambda: y.append(combine(groups, weights_TK, x_TD.dtype)))
-            self.device.join(self.bring(layer, x_TD.shape[0], tokens, work, last))
+            done = self.bring(layer, x_TD.shape[0], tokens, work, last)
+            if done.issued:
+                self.device.join(done)
+            else:  # another thread computes
+                self._thread.turn(STALL, layer, NONE, COMPUTE)
+                self.device.join(done)
+                self._leave(layer)
             return y[0]
 
     def bring(self, layer: int, rows: int, tokens: dict[int, int], work: Callable[[Slot], Work], last: Work) -> Event:
         """A layer's router has spoken for `rows` rows (`tokens`: expert -> rows): bring its experts past the compute stream,
         which does `work` of each slot and then `last`. Returns when `last` happens.
         """
+        self._thread.turn(SCHEDULE, layer)
         schedule = self.prefill if self._is_dense(layer, len(tokens), rows) else self.decode
         self.ahead.spoken(self._step, layer, tokens)
         reads: list[Event] = []
@@ -203,7 +267,13 @@ class Runtime:
                 reads.append(read)
         done = self.device.compute.submit(last.fn, reads, cost=last.cost)
         self.ahead.push()
+        self._leave(layer)
         return done
+
+    def _leave(self, layer: int) -> None:
+        """The model goes on: to the attention before the next MoE layer, or to the head."""
+        after = layer + 1
+        self._thread.turn(TRUNK if after < len(self._per_layer) else HEAD, after)
 
     def _is_dense(self, layer: int, distinct: int, rows: int) -> bool:
         """The paper's phase where it is plain (a prompt, or one token); in between the number of experts decides."""
@@ -235,9 +305,9 @@ def open_runtime(
     scratch: Scratch | None = None,
 ) -> Runtime:
     """A pool of `slots`, the way into it and both schedules, as `policy` wants them."""
-    keep = Keep.WORTH if policy is Policy.DUOSERVE else Keep.RECENT
-    cache = ExpertCache(slots, [layer.n_experts for layer in store.layers], keep)
-    return Runtime(device, cache, Transfer(device, store, cache, host, scratch), policy)
+    cache = ExpertCache(slots, [layer.n_experts for layer in store.layers], policies.keep(policy))
+    transfer = Transfer(device, store, cache, host, scratch, policies.manners(policy))
+    return Runtime(device, cache, transfer, policy)
 
 
 def _followed(former: Step | None, step: Step) -> Step | None:

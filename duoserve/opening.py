@@ -9,31 +9,42 @@ from pathlib import Path
 from typing import Any
 
 from duoserve import engine as engines
-from duoserve.core import Predictor, Refusal
+from duoserve.core import Policy, Predictor, Refusal
 from duoserve.engine import DEMO, Engine
+from duoserve.future import Future
 
 NONE, GATE = "none", "gate"
+ASKING = {policy.value for policy in (Policy.DUOSERVE, Policy.PAPER, Policy.MIF)}  # a predictor
+TAKES_THE_DEMOS = ASKING - {Policy.MIF.value}
 
 
 def load(
-    model: str | os.PathLike[str] | None = None, *, predictor: Any = None, progress: Any = None, **options: Any
+    model: str | os.PathLike[str] | None = None,
+    *,
+    predictor: Any = None,
+    future: Future | None = None,
+    progress: Any = None,
+    **options: Any,
 ) -> Engine:
     """Open MODEL (checkpoint folder, expert store, hub id, or None for the demo) within a memory budget.
 
     `predictor`: a folder that `duoserve train` wrote, "gate" (the next layer's own router on this layer's input, nothing
     trained), "none", or any `duoserve.core.Predictor`; without one, the demo takes the one that comes with it and other
-    models guess nothing. Everything else as `duoserve.engine.load`, whose documentation lists the options.
+    models guess nothing; policy "mif" then goes by what it has seen itself. `future`: what the passes will choose, recorded
+    before; policy "belady" needs it. Everything else as `duoserve.engine.load`, whose documentation lists the options.
     """
-    if options.get("policy", "duoserve") != "duoserve":
-        if predictor not in (None, NONE):
-            raise Refusal(
-                "E_OPTION",
-                f"policy {options['policy']!r} fetches on demand, it guesses 0 experts",
-                "leave --predictor out",
-            )
+    policy = options.get("policy", Policy.DUOSERVE.value)
+    if policy not in ASKING and predictor not in (None, NONE):
+        raise Refusal("E_OPTION", f"policy {policy!r} asks 0 predictors", "leave --predictor out")
+    if predictor is None and policy not in TAKES_THE_DEMOS:
         predictor = NONE
+    if policy == Policy.BELADY.value and future is None:
+        what = "policy 'belady' evicts by the future, and 0 recorded passes are given"
+        raise Refusal("E_OPTION", what, "replay a recording: duoserve.load(..., future=Future.of(steps, experts))")
     found = _found(model, predictor)
     opened = engines.load(model, progress=progress, predictor=found, **options)
+    if future is not None and policy == Policy.BELADY.value:
+        opened.foresee(future)
     if predictor == GATE:
         from predictor.baselines import Gate
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from duoserve.checkpoint import build_meta, find_experts, replace_module
-from duoserve.config import EngineConfig, parse_share, parse_size, size
+from duoserve.config import EngineConfig, parse_share, parse_size, parse_slots, size
 from duoserve.core import Refusal
 from duoserve.int4 import SCRATCH_BYTES
 from duoserve.sizing import kv_bytes, kv_period, model_limit, tensor_bytes
@@ -155,6 +155,8 @@ def make_plan(
     if budget < smallest:
         raise _too_small(budget, smallest, sizes, predictor_bytes, floor, options.sequences, store)
     slots = min(store.n_experts, (budget - fixed) // store.slab_bytes)
+    if options.slots is not None:
+        slots = min(slots, max(MIN_SLOTS, parse_slots(options.slots) or _top_k(sizes)))
     ctx = floor
     if options.ctx is None and slots == store.n_experts:
         ctx = _longest(sizes, floor, (budget - resident - slots * store.slab_bytes) // options.sequences)
@@ -173,6 +175,11 @@ def make_plan(
         kv_state_bytes=sizes.kv_bytes(1) - token,
         kv_token_bytes=token,
     )
+
+
+def _top_k(sizes: Sizes) -> int:
+    """As many as a token chooses in one layer, the most of any layer."""
+    return max((choices for choices in sizes.choices if choices is not None), default=MIN_SLOTS)
 
 
 def default_budget(device: str, free_bytes: int) -> int:

@@ -24,7 +24,7 @@ from duoserve.core import Refusal
 from duoserve.durable import replacing
 
 KIND, VERSION, FILE = "duoserve-machine-profile", 1, "machine.json"
-MAX_BYTES, MAX_POINTS, MAX_TEXT = 64 << 10, 64, 200
+MAX_BYTES, MAX_POINTS, MAX_TEXT, MAX_SOURCE = 64 << 10, 64, 200, 1000
 RATE, SECONDS = (1e3, 1e15), (1e-16, 10.0)  # what a bytes/s and a duration can be
 
 
@@ -119,7 +119,7 @@ class Profile:
             warm=_launch(data["launch"]["warm"]),
             cold=_launch(data["launch"]["cold"]),
             link=Link(*(_number(data["link"][n], RATE) for n in Link._fields)) if data["link"] else None,
-            sources={name: _text(data[name]["source"]) for name in parts},
+            sources={name: _source(data[name]["source"]) for name in parts},
         )
 
 
@@ -170,10 +170,16 @@ def _few(items: Any) -> Any:
     return items
 
 
-def _text(value: Any) -> str:
-    if not isinstance(value, str) or len(value) > MAX_TEXT or not value.isprintable():
+def _text(value: Any, most: int = MAX_TEXT) -> str:
+    if not isinstance(value, str) or len(value) > most or not value.isprintable():
         raise ValueError("not a short text")
     return value
+
+
+def _source(value: Any) -> str:
+    if not _text(value, MAX_SOURCE).strip():
+        raise ValueError("a part without a source")
+    return str(value)
 
 
 def _number(value: Any, between: tuple[float, float]) -> float:

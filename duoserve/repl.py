@@ -176,6 +176,7 @@ def stats_text(s: dict[str, Any], reused: int) -> str:
         f"{s['slots']} of {s['experts']} fit\n"
         f"guesses       {_guesses(s)}\n"
         f"moved         {size(s['bytes_moved'])}, {link}\n"
+        f"stalled       {_stalls(s['stall_s'])}\n"
         f"memory        {size(s['used_bytes'])} used of {size(s['planned_bytes'])} planned, budget {size(s['budget_bytes'])}"
     )
 
@@ -184,6 +185,12 @@ def _speed(s: dict[str, Any], reused: int) -> str:
     ttft = f"{s['ttft_s']:.2f} s to the first token" if s["ttft_s"] is not None else "no answer yet"
     rate = f"{s['decode_tok_s']:.1f} tokens/s" if s["decode_tok_s"] else "-"
     return f"{ttft}, then {rate}; {s['new_tokens']} new tokens, {s['prompt_tokens']} prompt ({reused} kept)"
+
+
+def _stalls(by_cause: dict[str, float]) -> str:
+    """Seconds that compute waited, by cause, the longest first."""
+    waited = sorted((cause for cause, s in by_cause.items() if s >= 0.0005), key=lambda cause: -by_cause[cause])
+    return ", ".join(f"{by_cause[cause]:.3f} s {cause}" for cause in waited) or "never"
 
 
 def _guesses(s: dict[str, Any]) -> str:

@@ -57,13 +57,17 @@ def serve(
     ctx: Annotated[str | None, typer.Option(help="Tokens of context of each request, such as 4096 or 32k.")] = None,
     cache_dir: Annotated[str | None, typer.Option(help="Where converted stores are kept.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of arithmetic.")] = None,
-    policy: Annotated[str, typer.Option("--policy", help="duoserve, lru or on-demand.")] = "duoserve",
+    policy: Annotated[
+        str, typer.Option("--policy", help="duoserve, or one to compare with, as for `chat`.")
+    ] = "duoserve",
     predictor: Annotated[str | None, typer.Option("--predictor", help="A folder, gate or none, as for `chat`.")] = None,
+    slots: Annotated[str | None, typer.Option(help="At most so many slots, or top-k, as for `chat`.")] = None,
     link: Annotated[str | None, typer.Option(help="Slow copies to so many bytes per second: experiments.")] = None,
 ) -> None:
     """Serve a model with OpenAI's API, /metrics and a page, on this machine unless told otherwise."""
     options: dict[str, Any] = {"budget": budget, "format": format, "trunk": trunk, "dtype": dtype, "device": device}
     options |= {"ctx": ctx, "cache_dir": cache_dir, "threads": threads, "policy": policy, "link": link}
+    options["slots"] = slots
     options["sequences"] = parallel
     EngineConfig.of(**options)  # refuse before torch is imported
     _check_key(host, api_key)

@@ -1,5 +1,5 @@
 """The commands `trace` and `trace-stats`: prompts run through an engine while traces.record watches, and what a trace says.
-Knows files of prompts and the command line; knows nothing of Parquet, figures or pictures. Imports torch late.
+Knows the command line and how prompts are run; knows nothing of Parquet, figures or pictures. Imports torch late.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -16,7 +16,7 @@ import typer
 
 from duoserve.config import EngineConfig
 from duoserve.core import Phase, Refusal, Step
-from duoserve.headers import bounded_json, regular_size
+from duoserve.prompts import Prompt, read_prompts
 
 if TYPE_CHECKING:
     import torch
@@ -25,20 +25,9 @@ if TYPE_CHECKING:
     from traces.record import Recorder
 
 INTERRUPTED = 130
-MAX_FILE, MAX_VALUES = 256 << 20, 100_000  # bytes of a file of prompts; JSON values of a line
-KINDS = (".jsonl", ".txt", ".md")
-_PROMPTS = "give .jsonl lines with prompt, text or messages, or .txt and .md files"
 Model = Annotated[
     str | None, typer.Argument(help="Hub id, checkpoint folder or expert store; the bundled demo if left out.")
 ]
-
-
-class Prompt(NamedTuple):
-    """What is run: a text, or messages for the model's chat template."""
-
-    id: str
-    domain: str
-    content: str | list[dict[str, str]]
 
 
 def trace(
@@ -226,59 +215,6 @@ def _slab_s(before: dict[str, Any], engine: Engine) -> float | None:
     after = engine.stats()
     slabs = (after["bytes_moved"] - before["bytes_moved"]) / engine.plan.slot_bytes
     return (after["link_busy_s"] - before["link_busy_s"]) / slabs if slabs else None
-
-
-def read_prompts(path: Path) -> list[Prompt]:
-    """The prompts of a file, or of all files under a folder but its READMEs, in order of their names."""
-    if not path.exists():
-        raise Refusal("E_PROMPTS", f"there is no {path}", _PROMPTS, 3)
-    files = [path]
-    if path.is_dir():
-        inside = (p for p in path.rglob("*") if p.is_file() and not p.name.startswith((".", "README")))
-        files = sorted(p for p in inside if p.suffix.lower() in KINDS)
-    found = [prompt for file in files for prompt in _prompts_of(file)]
-    if not found:
-        raise Refusal("E_PROMPTS", f"{path} holds 0 prompts in {len(files)} files", _PROMPTS)
-    return found
-
-
-def _prompts_of(file: Path) -> Iterator[Prompt]:
-    if file.suffix.lower() not in KINDS:
-        raise Refusal("E_PROMPTS", f"{file} is none of {', '.join(KINDS)}", _PROMPTS)
-    size = regular_size(file)
-    if not 0 <= size <= MAX_FILE:
-        what = "is no plain file" if size < 0 else f"has {size:,} bytes, at most {MAX_FILE:,} are read"
-        raise Refusal("E_PROMPTS", f"{file} {what}", _PROMPTS)
-    try:
-        text = file.read_bytes().decode()
-    except UnicodeDecodeError as error:
-        raise Refusal("E_PROMPTS", f"{file} is not UTF-8 at byte {error.start}", _PROMPTS) from error
-    if file.suffix.lower() != ".jsonl":
-        if text.strip():
-            yield Prompt(file.stem, file.resolve().parent.name, text)
-        return
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            yield _prompt(line, file, number)
-
-
-def _prompt(line: str, file: Path, number: int) -> Prompt:
-    where = f"{file}:{number}"
-    try:
-        data = bounded_json(line.encode(), where, _PROMPTS, MAX_VALUES)
-    except Refusal as refusal:
-        raise refusal.under("E_PROMPTS") from refusal
-    data = data if isinstance(data, dict) else {}
-    content = next((data[name] for name in ("prompt", "text", "messages") if name in data), None)
-    chat = isinstance(content, list) and all(_is_message(m) for m in content)
-    if not content or not (chat or isinstance(content, str)):
-        raise Refusal("E_PROMPTS", f"{where} has 0 prompts", _PROMPTS)
-    id, domain = data.get("id", f"{file.stem}-{number}"), data.get("domain", file.stem)
-    return Prompt(str(id)[:200], str(domain)[:200], content)
-
-
-def _is_message(data: Any) -> bool:
-    return isinstance(data, dict) and all(isinstance(data.get(name), str) for name in ("role", "content"))
 
 
 def _loading() -> Callable[[int, int, str], None]:

@@ -22,9 +22,11 @@ import torch
 from duoserve.cache import ExpertCache, Slot
 from duoserve.codec import Weight
 from duoserve.core import Key, Lane
+from duoserve.decisions import Decisions
 from duoserve.device import DONE, Device, Event, host_arena
 from duoserve.int4 import Scratch
 from duoserve.store import Store
+from duoserve.timeline import READY, SLOT, WRONG
 
 
 class Counts(NamedTuple):
@@ -41,6 +43,17 @@ class Counts(NamedTuple):
     ready: int = 0
     late: int = 0
     wrong: int = 0
+
+
+class Manners(NamedTuple):
+    """How guesses behave towards others."""
+
+    waits: bool = False  # for the slot's last reader and former copy; else a slot that has any is not taken
+    stays: bool = False  # it is copied even where the router has spoken against it, or a need wants its slot
+    trades: bool = False  # takes only what is worth less, of whatever layer; else anything but of its own layer
+
+
+POLITE = Manners()
 
 
 class Guess(NamedTuple):
@@ -63,8 +76,10 @@ class Transfer:
         cache: ExpertCache,
         host: HostTier | None = None,
         scratch: Scratch | None = None,
+        manners: Manners = POLITE,
     ):
         self.device, self.store, self.cache, self.host, self.scratch = device, store, cache, host, scratch
+        self.manners = manners
         self.slab_bytes = store.slab_bytes
         self.memory = device.arena(len(cache.slots) * self.slab_bytes)
         self._weights: dict[tuple[int, int], dict[str, Weight | torch.Tensor]] = {}
@@ -73,6 +88,13 @@ class Transfer:
         self.ready = self.late = self.wrong = 0
         self._guessed: dict[Key, Guess] = {}  # until the layer's router speaks
         self.waiting = 0  # experts of the running layer that have no slot yet
+        self.decisions = Decisions()
+
+    def decide(self, decisions: Decisions) -> None:
+        """Ask these what the clock would say from now on."""
+        self.decisions = decisions
+        if self.host is not None:
+            self.host.decisions = decisions
 
     def slab(self, slot: Slot) -> torch.Tensor:
         """The slot's memory, (slab_bytes,) uint8 on the device."""
@@ -91,39 +113,56 @@ class Transfer:
         """Start filling a claimed slot with its key's slab; returns it with `ready` set."""
         key, into = slot.key, self.slab(slot)
         assert key is not None, slot
-        if slot.ready is not None:
-            self.guesses -= self.device.copy.cancel(slot.ready)  # a guess gives way to this need, if nobody started it
+        self._take_back(slot)
         former = slot.released if slot.ready is None else (*slot.released, slot.ready)
         cost = self.store.layout(key.layer).slab_bytes
         if self.host is None:
             slot.ready = self.device.copy.submit(lambda: self.store.read_into(key, into), (), former, lane, cost, key)
         else:
             slot.ready = self.host.send(key, into[:cost], former, lane)
-        slot.released = ()
+        slot.released = tuple(event for event in former if not event.done)  # should this copy be taken back
         return slot
 
-    def guess(self, key: Key) -> Slot | None:
-        """Fetch ahead, but never before a need, never waiting for a reader, never evicting what the same layer needs, nor
-        another guess that is on its way.
+    def _take_back(self, slot: Slot) -> bool:
+        """The guess that was to fill the slot gives way, if nobody began it; then the slot holds nothing."""
+        if slot.ready is None or self.manners.stays or not self.decisions.cancelled(self.device.copy, slot.ready):
+            return False
+        self.guesses -= 1
+        return True
 
-        None where that leaves no slot. The slot is left unpinned: a demand may take it back.
+    def guess(self, key: Key, over: Slot | None = None) -> Slot | None:
+        """Fetch ahead, but never before a need, never evicting what the same layer needs or, where guesses trade, what is
+        worth more, and, unless they wait, never waiting for a reader nor evicting another guess that is on its way.
+
+        None where that leaves no slot. The slot is left unpinned: a demand may take it back. `over`: take this one.
         """
+        sparing = None if self.manners.trades else key.layer
         with self.lock:
+            self.decisions.tick()
             if self.waiting:
                 return None
-            offer = self.cache.offer(sparing=key.layer)
-            if offer is None or not all(event.done for event in offer.released):
+            offer = over or self.cache.offer(sparing)
+            if offer is None or not (self.manners.waits or self.decisions.said("free", _idle(offer))):
                 return None
-            if offer.ready is not None and not offer.ready.done:
+            if over is None and self.manners.trades and not self.cache.outranks(key, offer):
                 return None
-            former = (offer.key, offer.ready, offer.released)
-            slot = self.cache.claim(key, sparing=key.layer)
-            assert slot is offer, (slot, offer)
+            former = (None if self._take_back(offer) else offer.key, offer.ready, offer.released)
+            self.cache.take(offer, key)
             self.guesses += 1
-            self.fetch(slot, Lane.AHEAD)
-            self.cache.unpin(slot)
-            self._guessed[key] = Guess(slot, slot.ready, *former)
-            return slot
+            self.fetch(offer, Lane.AHEAD)
+            self.cache.unpin(offer)
+            self._guessed[key] = Guess(offer, offer.ready, *former)
+            return offer
+
+    def met(self, layer: int, needed: Collection[int]) -> None:
+        """A layer's router has spoken: what was guessed and is needed has come true; the rest may be meant for later."""
+        with self.lock:
+            self.decisions.tick()
+            for expert in needed:
+                guess = self._guessed.pop(key := Key(layer, expert), None)
+                if guess is not None and guess.slot.key == key and guess.slot.ready is guess.copy:
+                    done = self.decisions.said("ready", guess.copy.done)
+                    self.ready, self.late = self.ready + done, self.late + (not done)
 
     def settle(self, layer: int | None, needed: Collection[int]) -> tuple[int, int]:
         """A layer's router has spoken (None: the pass is over): withdraw guesses about it that are not needed and that
@@ -131,19 +170,23 @@ class Transfer:
         """
         began = withdrawn = 0
         with self.lock:
+            self.decisions.tick()
             for key in [key for key in self._guessed if layer is None or key.layer == layer]:
                 guess = self._guessed.pop(key)
                 if guess.slot.key != key or guess.slot.ready is not guess.copy:
                     withdrawn += 1  # a need took its slot
                 elif layer is not None and key.expert in needed:
-                    done = guess.copy.done
+                    done = self.decisions.said("ready", guess.copy.done)
+                    if done:
+                        guess.copy.why.said = READY
                     self.ready, self.late = self.ready + done, self.late + (not done)
-                    began += done or not self.device.copy.queued(guess.copy)
-                elif self.device.copy.cancel(guess.copy):
+                    began += done or not self.decisions.said("queued", self.device.copy.queued(guess.copy))
+                elif not self.manners.stays and self.decisions.cancelled(self.device.copy, guess.copy):
                     self.cache.restore(guess.slot, guess.former, guess.ready, guess.released)
                     self.guesses -= 1
                     withdrawn += 1
                 else:
+                    guess.copy.why.said = WRONG
                     self.wrong += 1
                     began += 1
         return began, withdrawn
@@ -155,23 +198,24 @@ class Transfer:
                 if key not in self.cache:
                     self.host.read_ahead(key)
 
-    def through(self, keys: list[Key]) -> Iterator[Slot]:
+    def through(self, keys: list[Key], at_once: int | None = None) -> Iterator[Slot]:
         """Bring the experts of one layer past the compute: yields each key's slot, pinned, resident ones first.
 
-        Fetches as many at a time as there are slots. The caller submits its compute after `slot.ready` and hands the
-        slot back with `release` before it asks for the next.
+        Fetches as many at a time as there are slots, or `at_once`. The caller submits its compute after `slot.ready` and
+        hands the slot back with `release` before it asks for the next.
         """
         resident: deque[Slot] = deque()
         arriving: deque[Slot] = deque()
         absent: deque[Key] = deque()
         with self.lock:
+            self.decisions.tick()
             for key in keys:
                 slot = _whole(self.cache, key)
                 if slot is None:
                     absent.append(key)
                     continue
                 self.cache.pin(slot)
-                if slot.ready.done:
+                if self.decisions.said("resident", slot.ready.done):
                     resident.append(slot)
                 else:
                     self._hurry(slot)
@@ -179,11 +223,16 @@ class Transfer:
             self.waiting = len(absent)
         self.hits, self.in_flight = self.hits + len(resident), self.in_flight + len(arriving)
         self.misses += len(absent)
+        short = False  # of slots
         try:
             while resident or arriving or absent:
-                while absent and (slot := self._demand(absent[0])) is not None:
+                while absent and (at_once is None or len(arriving) < at_once):
+                    slot = self._demand(absent[0], short)
+                    if slot is None:
+                        break
                     absent.popleft()
                     arriving.append(slot)
+                short = True
                 assert resident or arriving, f"no slot is free for {absent[0]} and none will be"
                 yield (resident or arriving).popleft()
         finally:  # an error above leaves nothing pinned
@@ -191,19 +240,23 @@ class Transfer:
             for slot in (*resident, *arriving):
                 self.abandon(slot)
 
-    def _demand(self, key: Key) -> Slot | None:
-        """A slot that is being filled with what is needed now; None while all are in use."""
+    def _demand(self, key: Key, short: bool) -> Slot | None:
+        """A slot that is being filled with what is needed now; None while all are in use. `short`: it waited for one."""
         with self.lock:
+            self.decisions.tick()
             slot = self.cache.claim(key)
             if slot is not None:
                 self.waiting -= 1
                 self.fetch(slot, Lane.DEMAND)
+                if short:
+                    slot.ready.why.said = SLOT
             return slot
 
     def one_by_one(self, keys: list[Key]) -> Iterator[Slot]:
         """The same without any overlap (synchronous on-demand): an absent expert is fetched and waited for in its turn."""
         for key in keys:
             with self.lock:
+                self.decisions.tick()
                 slot = _whole(self.cache, key)
                 if slot is None:
                     self.misses += 1
@@ -214,11 +267,18 @@ class Transfer:
                     self.hits += 1
                     self.cache.pin(slot)
             try:
-                slot.ready.wait()
+                self._await(slot)
             except BaseException:
                 self.abandon(slot)
                 raise
             yield slot
+
+    def _await(self, slot: Slot) -> None:
+        """The model's thread waits for a copy; raises what that raised."""
+        if slot.ready.done:
+            slot.ready.wait()
+        else:
+            self.device.thread.wait(slot.ready.wait, slot.ready.why.stall, slot.key)
 
     def _hurry(self, slot: Slot) -> None:
         """A guess turned out to be needed: it is a demand now, on the way from the disk as well."""
@@ -229,17 +289,20 @@ class Transfer:
     def release(self, slot: Slot, read: Event) -> None:
         """The work behind `read` was the slot's last reader for now."""
         with self.lock:
+            self.decisions.tick()
             slot.released = (read,)
             self.cache.unpin(slot)
 
     def abandon(self, slot: Slot) -> None:
         """Nobody will read it now: hand the slot back."""
         with self.lock:
+            self.decisions.tick()
             self.cache.unpin(slot)
 
     def turn(self, layer: int, rows: int, chosen: dict[int, int]) -> None:
         """A layer's router has spoken: what the pool keeps follows from that (`ExpertCache.turn`)."""
         with self.lock:
+            self.decisions.tick()
             self.cache.turn(layer, rows, chosen)
 
     def counts(self) -> Counts:
@@ -256,6 +319,7 @@ class HostTier:
         self.slab_bytes = store.slab_bytes
         self.memory = host_arena(n_slabs * self.slab_bytes)
         self._lock = threading.Lock()
+        self.decisions = Decisions()
         self.disk_reads = self.reads_ahead = 0
 
     def fill(self) -> None:
@@ -282,9 +346,9 @@ class HostTier:
                     self.disk.promote(slot.ready)
             else:
                 slot = self._read(key, lane)
-            source = self._slab(slot)[: into.numel()]
+            source, cost = self._slab(slot)[: into.numel()], self.store.layout(key.layer).slab_bytes
             sent = self.device.copy.submit(
-                lambda: into.copy_(source, non_blocking=True), (slot.ready,), behind, lane, into.numel(), key
+                lambda: into.copy_(source, non_blocking=True), (slot.ready,), behind, lane, cost, key
             )
             slot.released = (*(e for e in slot.released if not e.done), sent)
             self.cache.turn(key.layer, 1, {key.expert: 1})
@@ -297,7 +361,7 @@ class HostTier:
             if self.cache.lookup(key) is not None:
                 return
             offer = self.cache.offer()
-            if offer is None or not all(event.done for event in (*offer.released, offer.ready or DONE)):
+            if offer is None or not self.decisions.said("free to read", _idle(offer)):
                 return
             slot = self._read(key, Lane.AHEAD)
             self.reads_ahead += 1
@@ -324,6 +388,11 @@ class HostTier:
 
     def _slab(self, slot: Slot) -> torch.Tensor:
         return self.memory[slot.index * self.slab_bytes : (slot.index + 1) * self.slab_bytes]
+
+
+def _idle(slot: Slot) -> bool:
+    """Whether nobody reads or fills it."""
+    return all(event.done for event in slot.released) and (slot.ready is None or slot.ready.done)
 
 
 def _whole(cache: ExpertCache, key: Key) -> Slot | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from duoserve.benefit import HOLD, LONGEST_HOLD, TRIAL, WINDOW, Benefit
+from duoserve.benefit import BLOCK, BLOCKS, HOLD, LONGEST_HOLD, WINDOW, Benefit
 
 
 def run(benefit: Benefit, tokens: int, with_s: float, without_s: float, noise: float = 0.0, seed: int = 0) -> float:
@@ -48,17 +48,35 @@ def test_it_comes_back_on_when_it_pays_again_and_goes_off_again() -> None:
 
 def test_a_machine_that_slows_down_steadily_favours_neither() -> None:
     benefit, speed = Benefit(), 1.0
-    for _ in range(len(TRIAL) * WINDOW):
-        speed *= 1.02
+    for _ in range(BLOCKS * len(BLOCK) * WINDOW):
+        speed *= 1.002
         benefit.note(speed * (0.9 if benefit.on else 1.0))
     assert benefit.trials == 1 and benefit.pays
 
 
+def test_small_gains_and_losses_are_told_apart_on_a_noisy_machine() -> None:
+    """5 % either way under noise of 30 %, with one token in thirty taking five times as long."""
+    right = 0
+    for seed in range(40):
+        for with_s in (0.95, 1.05):
+            benefit = Benefit()
+            while not benefit.trials:
+                run(benefit, 1, with_s, 1.0, noise=0.3, seed=seed * 1000 + benefit.tokens[True] + benefit.tokens[False])
+            right += benefit.pays == (with_s < 1)
+    assert right >= 72
+
+
+def test_a_clear_loss_is_seen_in_one_block() -> None:
+    benefit = Benefit()
+    run(benefit, len(BLOCK) * WINDOW, 1.5, 1.0, noise=0.2)
+    assert benefit.trials == 1 and not benefit.pays
+
+
 def test_trials_become_rarer_while_they_agree() -> None:
     benefit = Benefit()
-    run(benefit, 3 * (HOLD + len(TRIAL) * WINDOW), 0.5, 1.0)
+    run(benefit, 3 * (HOLD + len(BLOCK) * WINDOW), 0.5, 1.0)
     early = benefit.trials
-    run(benefit, 3 * (HOLD + len(TRIAL) * WINDOW), 0.5, 1.0)
+    run(benefit, 3 * (HOLD + len(BLOCK) * WINDOW), 0.5, 1.0)
     assert early == 3 and benefit.trials == early
 
 

@@ -24,7 +24,7 @@ from guessers import Dice
 from hubs import COMMIT, Hub, reach, serving
 
 import duoserve
-from duoserve import checkpoint, cli, codec, repl, shelf, tracing
+from duoserve import checkpoint, cli, codec, peers, prompts, repl, results, shelf, tracing
 from duoserve import serving as serving_
 from duoserve.api.grammar import check_schema, mask_for
 from duoserve.api.tools import check_tools, prepare
@@ -33,10 +33,12 @@ from duoserve.convert import convert
 from duoserve.core import Key, Refusal
 from duoserve.device import host_arena
 from duoserve.durable import exclusive
+from duoserve.future import Future
 from duoserve.needs import count_passes
 from duoserve.outlook import look
 from duoserve.profile import read_profile
 from duoserve.remote import Server
+from duoserve.runfile import Run, read_run, write_run
 from duoserve.store import Store
 from predictor.load import load_folder
 from traces.store import Traces
@@ -125,6 +127,12 @@ def manifest(folder: Path, **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+def recorded(kit: Kit) -> Path:
+    """A run of a second in which nothing happened."""
+    write_run(kit.tmp / "run.json", Run(1.0, [], {}, {}))
+    return kit.tmp / "run.json"
+
+
 def cut(path: Path, by: int) -> None:
     os.truncate(path, path.stat().st_size - by)
 
@@ -165,6 +173,27 @@ def traced(kit: Kit, text: str, ctx: int) -> None:
     """Nine prompts at once."""
     prompts = [tracing.Prompt("a", "d", text)] * 9
     tracing.record(kit.load(ctx=ctx), prompts, kit.tmp / "trace", tracing.Run(batch=9))
+
+
+def changed_set(kit: Kit) -> None:
+    folder = shutil.copytree(prompts.SETS, kit.tmp / "sets")
+    flip(folder / "prose.jsonl", 30)
+    kit.patch.setattr(prompts, "SETS", folder)
+    prompts.prompt_set("all")
+
+
+def capped(kit: Kit) -> None:
+    kit.patch.setattr(os, "geteuid", lambda: 1000)
+    kit.command("bench", "--cap", "900MiB")
+
+
+def without_accelerate(kit: Kit) -> None:
+    def version(name: str) -> str:
+        raise peers.metadata.PackageNotFoundError(name)
+
+    kit.patch.setattr(peers.metadata, "version", version)
+    assert peers.chosen("all") == []
+    peers.chosen("accelerate")
 
 
 def few_modules(kit: Kit) -> Path:
@@ -241,8 +270,18 @@ CASES: list[tuple[str, str, int, str, Callable[[Kit], Any]]] = [
     ("E_CTX", "a context of nothing", 2, r"of 0 tokens .*at least 1", lambda k: EngineConfig(ctx=0)),
     ("E_PREDICTOR_MODEL", "a predictor of another model", 2, r"for model 0123, this is [0-9a-f]{32}; train",
      lambda k: k.load().predict(Dice(6, fingerprint="0123"))),
-    ("E_OPTION", "a policy that guesses nothing", 2, r"'lru' fetches on demand, it guesses 0 experts; leave",
+    ("E_OPTION", "a policy that guesses nothing", 2, r"'lru' asks 0 predictors; leave",
      lambda k: duoserve.load(k.toy("mixtral"), policy="lru", predictor="gate")),
+    ("E_OPTION", "a policy that asks nobody", 2, r"asks 0 predictors, 'dice' is given; take",
+     lambda k: k.load(policy="lfp").predict(Dice(6))),
+    ("E_OPTION", "the future without a recording", 2, r"'belady' .* 0 recorded passes are given; replay",
+     lambda k: k.load(policy="belady")),
+    ("E_OPTION", "a future for who does not look", 2, r"a future of 0 turns is given, this policy looks at 0; take",
+     lambda k: k.load().foresee(Future([32] * 6, ()))),
+    ("E_OPTION", "another model's future", 2, r"of layers with \[5\] experts, the model has \[32, .*; record",
+     lambda k: k.load().foresee(Future([5], ()))),
+    ("E_OPTION", "slots that are no number", 2, r"slots 'few' is not a number of slots; write it like 16, or top-k",
+     lambda k: EngineConfig(slots="few")),
     ("E_OPTION", "an unknown policy", 2, r"'lfu'; did you mean 'lru'", lambda k: EngineConfig(policy="lfu")),
     ("E_SIZE", "a link of no size", 2, r"link 'fast' is not a size; write", lambda k: EngineConfig(link="fast")),
     ("E_OPTION", "an unknown option", 2, r"'budjet'; did you mean 'budget'", lambda k: EngineConfig.of(budjet="1")),
@@ -374,6 +413,29 @@ CASES: list[tuple[str, str, int, str, Callable[[Kit], Any]]] = [
     ("E_PROMPT", "an empty prompt", 2, r"0 tokens; write at least one word", lambda k: k.load().generate("")),
     ("E_CTX", "a prompt longer than the context", 4, r"has \d+ tokens, the context 8; shorten",
      lambda k: k.load(ctx=8).generate("one two three four five six seven eight nine ten")),
+    ("E_PROMPTS", "a prompt set that nobody shipped", 3, r"no prompts 'poetry' come .*; known: all, prose, code, questions",
+     lambda k: prompts.prompt_set("poetry")),
+    ("E_PROMPTS", "a shipped prompt set that was changed", 5, r"prose\.jsonl has sha256 .*; install", changed_set),
+    ("E_RESULTS", "results that are not there", 3, r"there is no .*/none; give", lambda k: results.read(k.tmp / "none")),
+    ("E_RESULTS", "results of another program", 5, r"r\.jsonl:1 is no row of results .*; give",
+     lambda k: results.read(k.folder(r__jsonl=b'{"build_commit": "b1"}') / "r.jsonl")),
+    ("E_RESULTS", "results that are no JSON", 5, r"r\.jsonl:1 is not JSON .*; give",
+     lambda k: results.read(k.folder(r__jsonl=b"{") / "r.jsonl")),
+    ("E_CAP", "a memory cap without root", 2, r"cap of 900\.0 MiB .* user 1000 cannot make; run as root", capped),
+    ("E_OPTION", "an unknown peer", 2, r"'vllm'; .*stock, accelerate", lambda k: k.command("bench", "--peers", "vllm")),
+    ("E_OPTION", "a peer that is not installed", 2, r"'accelerate' is not installed; pip install", without_accelerate),
+    ("E_OPTION", "an unknown policy to compare", 2, r"'lfu'; did you mean 'lru'",
+     lambda k: k.command("bench", "--policies", "duoserve,lfu")),
+    ("E_OPTION", "the future in a benchmark", 2, r"0 recorded passes are given; see what it would do",
+     lambda k: k.command("bench", "--policies", "lru,belady")),
+    ("E_SIZE", "more residency than experts", 2, r"residency 150% is more than 100%; write",
+     lambda k: k.command("bench", "--residency", "150%")),
+    ("E_OPTION", "a batch of none", 2, r"batch '0' is not between 1 and 1024; give",
+     lambda k: k.command("bench", "--batch", "1,0")),
+    ("E_OPTION", "nothing to run", 2, r"0 policies and 0 peers are to be run; name",
+     lambda k: k.command("bench", "--policies", "none")),
+    ("E_OPTION", "peers of an expert store", 2, r"1 peers cannot load .*, an expert store; give",
+     lambda k: k.command("bench", str(k.store()), "--peers", "stock", "--limit-tokens", "8")),
     ("E_PROMPTS", "prompts that are not there", 3, r"there is no .*/none; give",
      lambda k: tracing.read_prompts(k.tmp / "none")),
     ("E_PROMPTS", "a folder without prompts", 2, r"holds 0 prompts in 0 files; give", lambda k: tracing.read_prompts(k.tmp)),
@@ -399,6 +461,15 @@ CASES: list[tuple[str, str, int, str, Callable[[Kit], Any]]] = [
      lambda k: k.command("trace-stats", str(k.tmp))),
     ("E_TRACE", "a trace from the future", 5, r"version 9, this program reads \d+; record",
      lambda k: Traces(k.folder(trace__json={"schema": 9}))),
+    ("E_RUN", "a run that is not there", 3, r"there is no .*/none; record one", lambda k: read_run(k.tmp / "none")),
+    ("E_RUN", "a run from the future", 5, r"run\.json is no recorded run .*; record one",
+     lambda k: read_run(k.folder(run__json={"kind": "duoserve-run", "version": 9}) / "run.json")),
+    ("E_OPTION", "a pass that was not recorded", 2, r"--step 3 of 0 passes; count from 0",
+     lambda k: k.command("timeline", str(recorded(k)), "--step", "3")),
+    ("E_OPTION", "a time beyond the run", 2, r"from 5000 to 6000 ms of a run of 1000 ms; give",
+     lambda k: k.command("timeline", str(recorded(k)), "--from", "5000", "--to", "6000")),
+    ("E_IO", "a recording into no folder", 2, r"none is no folder; give",
+     lambda k: k.command("chat", "-p", "x", "--timeline", str(k.tmp / "none" / "run.json"))),
     ("E_CTX", "a batch beyond the plan", 4, r"1 x 17 tokens do not fit the 16 .*; load with a larger --ctx",
      lambda k: k.load(k.toy("mixtral"), ctx=16).model(toys.ids(1, 17))),
     ("E_SCHEMA", "a schema that cannot be enforced", 2, r"Unimplemented keys: .*not.*; simplify",

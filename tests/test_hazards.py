@@ -19,14 +19,17 @@ from guessers import Dice
 
 from duoserve.cache import ExpertCache
 from duoserve.codec import Layout, Param
-from duoserve.core import Key, Phase, Step
+from duoserve.core import Key, Phase, Policy, Step
 from duoserve.device import DONE, ThreadDevice
+from duoserve.future import Future
 from duoserve.manifest import TRUNK, write_manifest
-from duoserve.moe import Runtime
+from duoserve.moe import Runtime, open_runtime
 from duoserve.store import Entry, Store, file_checksum, header_checksum, slab_checksums, write_safetensors
 from duoserve.transfer import HostTier, Transfer
 
 LAYERS, EXPERTS, WIDTH = 3, 8, 64
+OTHERS = [Policy.LFP, Policy.MIF, Policy.PAPER, Policy.BELADY]
+ASKING = {Policy.MIF, Policy.PAPER}  # a predictor
 
 
 def number(key: Key) -> float:
@@ -60,17 +63,31 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def some_future(seed: int) -> Future:
+    """Not that of the routes that will be: whoever believes it moves much in vain."""
+    rng = random.Random(seed)
+    passes = [[rng.sample(range(EXPERTS), rng.choice([1, 2, 6])) for _ in range(LAYERS)] for _ in range(60)]
+    return Future([EXPERTS] * LAYERS, passes)
+
+
 class Machine:
     """A runtime over the numbered store, with one part slowed and, if asked, one edge taken away."""
 
     def __init__(
-        self, folder: Path, slots: int, slow: str, without: str | None = None, host: int = 0, guessing: bool = False
+        self,
+        folder: Path,
+        slots: int,
+        slow: str,
+        without: str | None = None,
+        host: int = 0,
+        guessing: bool = False,
+        policy: Policy = Policy.DUOSERVE,
     ):
         self.store, self.corrupt, self.slow = Store(folder), 0, slow
         self.device = ThreadDevice(copy_threads=2, threaded_compute=True, host_tier=host > 0)
-        cache = ExpertCache(slots, [EXPERTS] * LAYERS)
         tier = HostTier(self.device, self.store, host) if host else None
-        transfer = Transfer(self.device, self.store, cache, tier)
+        self.runtime = open_runtime(self.device, self.store, slots, policy, tier)
+        transfer = self.runtime.transfer
         if slow == "copies":
             self._slow_copies()
         if without == "ready":
@@ -79,9 +96,10 @@ class Machine:
         if without == "released":
             release = transfer.release
             transfer.release = lambda slot, read: release(slot, DONE)
-        self.runtime = Runtime(self.device, cache, transfer)
         if guessing:
             self.runtime.predict(Dice(EXPERTS), always=True)
+        if policy is Policy.BELADY:
+            self.runtime.foresee(some_future(slots))
 
     def _slow_copies(self) -> None:
         """Half a slab, a pause, the whole slab: whoever reads too early sees the former tenant's second half."""
@@ -143,6 +161,17 @@ def test_no_corrupt_read_while_dice_guess(folder: Path, slow: str, host: int) ->
         assert machine.run(150, seed=slots) == 0
         counts = machine.runtime.transfer.counts()
         assert slots == 2 or (counts.guesses and counts.wrong), counts
+
+
+@pytest.mark.parametrize("policy", OTHERS, ids=lambda p: p.value)
+@pytest.mark.parametrize("slow", ["copies", "compute"])
+@pytest.mark.parametrize("host", [0, 9])
+def test_no_corrupt_read_under_any_policy(folder: Path, policy: Policy, slow: str, host: int) -> None:
+    for slots in (2, 5, 17):
+        machine = Machine(folder, slots, slow, host=host, policy=policy, guessing=policy in ASKING)
+        assert machine.run(40, seed=slots) == 0
+        counts = machine.runtime.transfer.counts()
+        assert slots == 2 or counts.guesses, (policy, counts)
 
 
 def test_a_reader_that_does_not_wait_for_the_copy_is_caught(folder: Path) -> None:

@@ -12,47 +12,74 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = {
     0: {
-        *("version", "core", "config", "device", "native", "int4", "codec", "checkpoint", "folder", "published"),
-        *("hub", "sizing", "durable", "headers", "attention", "routers", "benefit", "system", "sampling", "stopping"),
+        *("attention", "benefit", "cap", "checkpoint", "codec", "config", "core", "decisions", "device", "durable"),
+        *("folder", "foresight", "future", "headers", "hub", "int4", "native", "peers", "prompts", "published"),
+        *("results", "routers", "sampling", "sizing", "stopping", "system", "timeline", "version"),
     },
-    1: {"store", "cache", "experts", "trunk", "manifest", "shelf"},
-    2: {"convert", "transfer", "profile"},
-    3: {"prefill", "decode", "ahead", "estimate"},
-    4: {"moe"},
-    5: {"plan", "together"},
+    1: {"cache", "clock", "experts", "manifest", "runfile", "shelf", "store", "trunk"},
+    2: {"board", "contest", "convert", "lanes", "profile", "transfer"},
+    3: {
+        *("activation", "ahead", "chrometrace", "decode", "estimate", "fleet", "paper", "picture", "prefill"),
+        *("sighted", "wholelayer"),
+    },
+    4: {"costing", "moe", "policies", "tally"},
+    5: {"plan", "simulate", "together"},
     6: {"model", "needs"},
-    7: {"engine"},
-    8: {"conversation", "outlook", "measure", "service"},
-    9: {"repl", "doctor", "api", "remote"},
+    7: {"engine", "specimens"},
+    8: {"conversation", "measure", "outlook", "service"},
+    9: {"api", "doctor", "remote", "repl"},
     10: {"opening"},
-    11: {"tracing", "learning", "serving"},
-    12: {"cli"},
+    11: {"contender", "learning", "matrix", "serving", "showing", "simulating", "tracing"},
+    12: {"benching"},
+    13: {"cli"},
 }
-ROOF = {"opening", "tracing", "learning", "serving", "cli"}  # these alone put what learns and what serves together
+ROOF = {
+    "cli",
+    "learning",
+    "opening",
+    "serving",
+    "simulating",
+    "tracing",
+}  # these alone join what learns and what serves
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 SIDE_BY_SIDE = {
+    ("cap", "config"),
+    ("cap", "core"),
+    ("checkpoint", "core"),
+    ("checkpoint", "folder"),
+    ("checkpoint", "headers"),
+    ("checkpoint", "published"),
+    ("codec", "core"),
+    ("codec", "int4"),
     ("config", "core"),
     ("decode", "ahead"),
     ("device", "core"),
     ("device", "system"),
-    ("codec", "core"),
-    ("codec", "int4"),
-    ("int4", "native"),
-    ("checkpoint", "core"),
-    ("checkpoint", "folder"),
-    ("checkpoint", "published"),
-    ("published", "core"),
+    ("device", "timeline"),
     ("folder", "core"),
-    ("sizing", "core"),
-    ("hub", "core"),
-    ("hub", "folder"),
-    ("hub", "device"),
-    ("headers", "core"),
-    ("checkpoint", "headers"),
     ("folder", "headers"),
-    ("store", "manifest"),
     ("api", "api"),
+    ("foresight", "core"),
+    ("foresight", "future"),
+    ("future", "core"),
+    ("headers", "core"),
+    ("hub", "core"),
+    ("hub", "device"),
+    ("hub", "folder"),
+    ("int4", "native"),
+    ("moe", "policies"),
+    ("paper", "ahead"),
+    ("peers", "core"),
+    ("prompts", "core"),
+    ("prompts", "headers"),
+    ("published", "core"),
+    ("results", "core"),
+    ("results", "durable"),
+    ("results", "headers"),
     ("shelf", "manifest"),
+    ("sizing", "core"),
+    ("store", "manifest"),
+    ("timeline", "core"),
 }
 MACHINE = re.compile(
     r"torch\.cuda|pin_memory|cudart|cudaHost|\.cuda\(|threading\.Thread\b|ThreadPoolExecutor|Stream\(\)"
@@ -119,7 +146,7 @@ def test_nothing_that_is_loaded_can_run_code(path: Path) -> None:
 
 
 def test_cache_and_core_import_no_torch() -> None:
-    for name in ("core", "cache", "config", "durable", "headers", "manifest", "shelf"):
+    for name in ("core", "cache", "config", "durable", "headers", "manifest", "shelf", "timeline", "runfile", "lanes"):
         assert not any(
             m == "torch" or m.startswith("torch.") for m in imports_at_runtime(ROOT / "duoserve" / f"{name}.py")
         )

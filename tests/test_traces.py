@@ -1,4 +1,4 @@
-"""Traces are what the routers did: against stock models, in batches, with drafts, after a kill. Statistics: brute force."""
+"""Traces are what the routers did: against stock models, in batches, with drafts, after a kill."""
 
 from __future__ import annotations
 
@@ -9,21 +9,18 @@ import re
 import signal
 import subprocess
 import sys
-from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 import toys
 
-from duoserve import cli, tracing
+from duoserve import tracing
 from duoserve.core import Phase, Refusal, Route, Step
 from duoserve.sizing import CACHE
-from traces import record, stats
-from traces.plots import draw
+from traces import record
 from traces.record import Recorder
 from traces.store import Recorded, Traces
 
@@ -347,163 +344,3 @@ def test_damaged_routers_are_refused(tmp_path: Path) -> None:
     (folder / "routers.safetensors").write_bytes(b"\xff" * 100)
     with pytest.raises(Refusal, match=r"E_TRACE: .*routers\.safetensors is not as it was written"):
         Traces(folder).routers()
-
-
-def made_choices(seed: int, length: int) -> list[np.ndarray]:
-    """By layer (S, K), with ids that mean "no expert" among them, and some experts far more often than others."""
-    rng = np.random.default_rng(seed)
-    found = []
-    for e, k in zip(EXPERTS, CHOICES, strict=True):
-        weights = np.arange(1, e + 2) ** 2.0
-        rows = [rng.choice(e + 1, k, replace=False, p=weights / weights.sum()) for _ in range(length)]
-        found.append(np.array(rows).reshape(length, k))
-    return found
-
-
-SEQUENCES = [made_choices(seed, length) for seed, length in enumerate((40, 1, 0, 75, 12))]
-
-
-def measured() -> stats.Stats:
-    found = stats.Stats(EXPERTS)
-    pool = stats.LruDepths(found)
-    for ids in SEQUENCES:
-        found.add(ids)
-        pool.add(ids)
-    return found
-
-
-def test_the_lru_curve_is_that_of_a_simulated_pool_at_every_size() -> None:
-    found = measured()
-    for slots in range(1, sum(EXPERTS) + 1):
-        pool: OrderedDict[tuple[int, int], None] = OrderedDict()
-        hits = asked = 0
-        for ids in SEQUENCES:
-            for row in range(len(ids[0])):
-                for layer, ids_SK in enumerate(ids):
-                    for e in ids_SK[row]:
-                        if e >= EXPERTS[layer]:
-                            continue
-                        asked += 1
-                        hits += (layer, int(e)) in pool
-                        pool[layer, int(e)] = None
-                        pool.move_to_end((layer, int(e)))
-                        if len(pool) > slots:
-                            pool.popitem(last=False)
-        assert found.lru_N[slots - 1] == pytest.approx(hits / asked)
-        assert found.lru(slots / sum(EXPERTS)) == pytest.approx(hits / asked)
-
-
-def test_reuse_and_repetition_are_counted_as_by_hand() -> None:
-    found = measured()
-    distances: list[int] = []
-    again = {1: [0, 0], 8: [0, 0]}
-    for ids in SEQUENCES:
-        for layer, ids_SK in enumerate(ids):
-            for row, chosen in enumerate(ids_SK.tolist()):
-                for e in (e for e in chosen if e < EXPERTS[layer]):
-                    behind = [n for n in range(1, len(ids_SK) - row) if e in ids_SK[row + n]]
-                    distances += behind[:1]
-                    for within, counts in again.items():
-                        if row + within < len(ids_SK):
-                            counts[0] += bool(behind and behind[0] <= within)
-                            counts[1] += 1
-    assert np.trim_zeros(found.reuse_LN.sum(0), "b").tolist() == np.bincount(distances).tolist()
-    assert found.reuse_median == sorted(distances)[(len(distances) + 1) // 2 - 1]
-    assert found.repeated_A.tolist() == [a / b for a, b in again.values()]
-
-
-def test_popularity_and_affinity_are_counted_as_by_hand() -> None:
-    found = measured()
-    chosen = np.zeros((3, 6), int)
-    together = np.zeros((2, 6, 6), int)
-    for ids in SEQUENCES:
-        for row in range(len(ids[0])):
-            sets = [[e for e in ids[layer][row] if e < EXPERTS[layer]] for layer in range(3)]
-            for layer, some in enumerate(sets):
-                for e in some:
-                    chosen[layer, e] += 1
-                    for f in sets[layer + 1] if layer < 2 else ():
-                        together[layer, e, f] += 1
-    assert np.array_equal(found.chosen_LE, chosen) and np.array_equal(found.together_LEE, together)
-    needed = [next(n for n in range(1, 7) if sum(sorted(row)[-n:]) >= 0.9 * sum(row)) for row in chosen.tolist()]
-    assert found.needed_L.tolist() == needed
-    assert np.all(found.entropy_L < 1) and np.all(found.entropy_L > 0.3)
-
-
-def test_uniform_routing_has_the_entropy_of_uniform_and_reuse_far_away_is_kept() -> None:
-    found = stats.Stats([4])
-    found.add([np.arange(4).repeat(500)[np.r_[0:2000]][:, None]])
-    assert found.entropy_L[0] == pytest.approx(1) and found.needed_L[0] == 4
-    far = stats.Stats([4])
-    far.add([np.r_[0, np.ones(3000, int), 0][:, None]])
-    assert far.reuse_LN[0, -1] == 1
-
-
-def run(*args: object) -> None:
-    cli.app([str(a) for a in args], standalone_mode=False)
-
-
-def test_the_commands_make_a_trace_and_say_what_is_in_it(
-    tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    texts = tmp_path / "texts"
-    (texts / "notes").mkdir(parents=True)
-    lines = [{"text": "A list is"}, {"prompt": "Git is", "id": "git", "domain": "tools"}]
-    lines.append({"messages": [{"role": "user", "content": "What is a list?"}]})
-    (texts / "some.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
-    (texts / "notes" / "a.txt").write_text("The kernel is " * 40)
-    (texts / "notes" / "README.md").write_text("not a prompt")
-    out = tmp_path / "trace"
-    run("trace", "--prompts", texts, "-o", out, "--new-tokens", 6, "--batch", 2, "--limit-tokens", 50, "--hidden",
-        "--cache-dir", cache)  # fmt: skip
-    assert re.search(r"trace: 4 of 4 prompts, [\d,]+ rows, ", capsys.readouterr().out)
-    traces = Traces(out)
-    assert [(p.id, p.domain) for p in traces.prompts] == [
-        ("a", "notes"), ("some-1", "some"), ("git", "tools"), ("some-3", "some")
-    ]  # fmt: skip
-    assert traces.prompts[0].n_tokens == 50
-    assert traces.about.layer_s and traces.about.slab_s and traces.about.residency and traces.about.hidden
-    for one in traces.sequences():
-        assert 1 <= one.decode_S.sum() <= 5
-        for router, route in zip(traces.routers(), one.step.routes, strict=True):
-            assert same_choice(router.scores(route.hidden_TD).topk(4).indices, route.ids_TK)
-    run("trace-stats", out, "--json", "--plots", tmp_path / "plots")
-    found = json.loads(capsys.readouterr().out)
-    assert found["decode"]["tokens"] < found["all"]["tokens"]
-    assert found["all"]["lru_hit_rate"]["100%"] > found["all"]["lru_hit_rate"]["25%"] > 0
-    assert len(list((tmp_path / "plots").glob("*.png"))) == 6
-    run("trace-stats", out)
-    assert "entropy over uniform" in capsys.readouterr().out
-
-
-def test_the_same_seed_gives_the_same_trace(load: Any, tmp_path: Path) -> None:
-    engine = load()
-    prompts = [tracing.Prompt(str(n), "d", text) for n, text in enumerate(("A list is", "The kernel"))]
-    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        tracing.record(engine, prompts, tmp_path / name, tracing.Run(new_tokens=8, seed=seed))
-    a, b, c = ([tokens(one) for one in recorded(tmp_path / name)] for name in "abc")
-    assert a == b != c
-    assert not engine.runtime.observers
-
-
-def test_ctrl_c_keeps_what_was_recorded(load: Any, tmp_path: Path) -> None:
-    engine = load()
-    prompts = [tracing.Prompt(str(n), "d", "A list is") for n in range(5)]
-
-    def stop(done: int, total: int, rows: int) -> None:
-        if done == 2:
-            raise KeyboardInterrupt
-
-    whole, said = tracing.record(engine, prompts, tmp_path / "t", tracing.Run(new_tokens=3), stop)
-    assert not whole and "2 of 5 prompts" in said and said.endswith("interrupted, what is written is whole")
-    assert len(recorded(tmp_path / "t")) == 2
-
-
-def test_the_pictures_of_a_trace_with_prompts_alone_are_drawn(tmp_path: Path) -> None:
-    watching = made_recorder(tmp_path / "t", hidden=False)
-    watching(made_step(0, 0, 30))
-    watching.close()
-    found = stats.measure(Traces(tmp_path / "t"))
-    assert found.decode.tokens == 0
-    assert [p.suffix for p in draw(found, tmp_path / "plots")] == [".png"] * 6
-    assert stats.table(found)[1] == ("tokens", "30", "-")

@@ -1,0 +1,112 @@
+"""Grouped or dense products: both are the same product, the table's choice is the quicker, files are checked."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from dep_extension.kernel_choice import (
+    Kernel,
+    Point,
+    Shape,
+    Table,
+    dense,
+    grouped,
+    measure,
+    pays,
+    stages,
+    to_json,
+)
+
+SHAPE = Shape(64, 96, 4, "bfloat16")
+TABLE = Table("here", {SHAPE: (Point(1, 1e-3, 2e-3), Point(10, 2e-3, 2.5e-3), Point(100, 9e-3, 5e-3))})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("counts", [[3, 0, 5, 1], [0, 0, 0, 4], [8, 8, 8, 8]])
+def test_both_are_the_same_product(dtype: torch.dtype, counts: list[int]) -> None:
+    torch.manual_seed(0)
+    x, w = torch.randn(sum(counts), 64).to(dtype), torch.randn(4, 64, 96).to(dtype)
+    ends = torch.tensor(counts).cumsum(0).to(torch.int32)
+    want = torch.cat([rows.float() @ m.float() for rows, m in zip(x.split(counts), w, strict=True)])
+    for got in (grouped(x, w, ends), dense(x, w, counts)):
+        torch.testing.assert_close(got.float(), want, rtol=2e-2, atol=0.2)
+
+
+def test_what_is_measured_here_is_what_is_chosen() -> None:
+    table = measure([SHAPE], [1, 8], "here")
+    for point in table.points[SHAPE]:
+        assert point.grouped > 0 and point.dense > 0
+        quicker = Kernel.GROUPED if point.grouped <= point.dense else Kernel.DENSE
+        assert table.choose(SHAPE, point.tokens) is quicker
+
+
+def test_the_choice_changes_where_the_times_cross() -> None:
+    assert [TABLE.choose(SHAPE, n).value for n in (1, 10, 12, 90, 100, 5000)] == [
+        "grouped", "grouped", "grouped", "dense", "dense", "dense"
+    ]  # fmt: skip
+    assert TABLE.crossover(SHAPE) == 100
+    assert to_json(TABLE)["shapes"][0]["crossover"] == 100
+    with pytest.raises(ValueError, match=r"has 1 shapes .*, not 1x1 x 1 float32: measure it"):
+        TABLE.choose(Shape(1, 1, 1, "float32"), 5)
+
+
+def test_a_table_is_kept_and_belongs_to_its_machine(tmp_path: Path) -> None:
+    path = tmp_path / "table.json"
+    TABLE.save(path)
+    assert Table.load(path, "here") == TABLE
+    with pytest.raises(ValueError, match="was measured on 'here', this is 'there'"):
+        Table.load(path, "there")
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda d: d.update(kind="other"),
+        lambda d: d.pop("shapes"),
+        lambda d: d["shapes"][0][4].reverse(),
+        lambda d: d["shapes"][0][4].clear(),
+        lambda d: d["shapes"][0][4][0].__setitem__(1, float("nan")),
+        lambda d: d["shapes"][0][4][0].__setitem__(1, -1.0),
+        lambda d: d["shapes"].append("x"),
+    ],
+)
+def test_what_is_no_table_is_refused_in_one_line(tmp_path: Path, harm: object) -> None:
+    path = tmp_path / "table.json"
+    TABLE.save(path)
+    data = json.loads(path.read_text())
+    harm(data)  # type: ignore[operator]
+    path.write_text(json.dumps(data))
+    with pytest.raises(ValueError, match=r"is no table of kernels \(.*\): measure it again") as refused:
+        Table.load(path)
+    assert "\n" not in str(refused.value)
+
+
+def test_stages_follow_the_root_rule_as_a_divisor() -> None:
+    """EPS-MoE: N* = sqrt(C / k_o); 20 local experts, as DeepSeek-V2 on 8 GPUs."""
+    for hidden, overhead in ((2.0, 0.08), (1.0, 0.0025), (1.0, 0.04), (0.5, 1.0)):
+        n = stages(hidden, hidden * 3, overhead, 20)
+        ideal = (hidden / overhead) ** 0.5
+        divisors = [1, 2, 4, 5, 10, 20]
+        below, above = (
+            max(d for d in divisors if d <= max(1, ideal)),
+            min((d for d in divisors if d >= ideal), default=20),
+        )
+        assert n in (below, above)
+    assert stages(2.0, 1.0, 0.04, 20) == stages(1.0, 2.0, 0.04, 20) == 5
+    assert stages(0.5, 1.0, 1.0, 20) == 1
+
+
+def test_stages_pay_only_where_neither_part_grows_much() -> None:
+    """Constant parts of either make cutting expensive for few tokens (the paper's threshold is m = 1700 on its machine)."""
+
+    def link(tokens: float) -> float:
+        return 0.5 + 1e-3 * tokens
+
+    def compute(tokens: float, experts: float) -> float:
+        return 0.01 + 1e-3 * tokens * experts / 8
+
+    assert not pays(link, compute, 100, 8, 2) and pays(link, compute, 4000, 8, 2)
