@@ -47,7 +47,7 @@ class Request:
     """A prompt as token ids and how to go on with it. `max_new` None: as many as there is room for; 0: only read the prompt.
 
     `prompt_logprobs`: alternatives to report with each token of the prompt; None for none.
-    `mask` as `sampling.Draw`; made anew for each request.
+    `mask` as `sampling.Draw`; made anew for each request. `visible`: special tokens that are part of the text.
     """
 
     ids: list[int]
@@ -58,6 +58,7 @@ class Request:
     ignore_eos: bool = False
     prompt_logprobs: int | None = None
     mask: Any = None
+    visible: frozenset[int] = frozenset()
     client: str = ""
 
 
@@ -152,29 +153,35 @@ class Service:
 
     def submit(self, request: Request, tell: Callable[[Event], None]) -> Ticket:
         """Queue a request. Refusal where it can never be answered, `Busy` where it cannot be now."""
-        ticket = Ticket(request, self._room(request), tell)
+        ticket = Ticket(request, self.room(request), tell)
         with self._lock:
-            if not self._open:
-                raise Busy("the server is shutting down", "server", 30)
-            mine = len(self._waiting.get(request.client, ())) + sum(
-                t.request.client == request.client for t in self._active
-            )
-            waiting = self.queued
-            if waiting >= self.limits.queue:
-                raise Busy(f"{waiting} requests wait, at most {self.limits.queue} may", "server", self._retry_s())
-            if request.client and mine >= self.limits.per_client:
-                raise Busy(
-                    f"{mine} of your requests are under way, at most {self.limits.per_client} may be",
-                    "client",
-                    self._retry_s(),
-                )
+            self.refuse_full(request.client)
             self._waiting.setdefault(request.client, deque()).append(ticket)
             self._lock.notify()
         return ticket
 
+    def refuse_full(self, client: str = "") -> None:
+        """`Busy` where one more of this client's could not wait now."""
+        with self._lock:
+            mine = len(self._waiting.get(client, ())) + sum(t.request.client == client for t in self._active)
+            waiting, most = self.queued, self.limits.per_client
+        if not self._open:
+            raise Busy("the server is shutting down", "server", 30)
+        if waiting >= self.limits.queue:
+            raise Busy(f"{waiting} requests wait, at most {self.limits.queue} may", "server", self._retry_s())
+        if client and mine >= most:
+            what = f"{mine} of your requests are under way, at most {most} may be"
+            raise Busy(what, "client", self._retry_s())
+
+    @property
+    def open(self) -> bool:
+        """Whether requests are still taken."""
+        return self._open
+
     @property
     def queued(self) -> int:
-        return sum(len(tickets) for tickets in self._waiting.values())
+        with self._lock:
+            return sum(len(tickets) for tickets in self._waiting.values())
 
     @property
     def active(self) -> int:
@@ -198,8 +205,8 @@ class Service:
             self._lock.notify()
         self._ended()
 
-    def _room(self, request: Request) -> int:
-        """Tokens that may be made."""
+    def room(self, request: Request) -> int:
+        """Tokens that may be made; Refusal where there is no room at all."""
         plan, prompt = self.engine.plan, len(request.ids)
         room = plan.ctx - prompt
         if prompt == 0:
@@ -292,8 +299,8 @@ class Service:
                 ticket.tell(Prompt([]))
             return "length", None
         draw = Draw(request.sampling, len(request.ids), request.mask)
-        text = TextStream(self.engine.tokenizer, request.stop, request.keep_stop)
-        ends = self._ends() if not request.ignore_eos else set()
+        text = TextStream(self.engine.tokenizer, request.stop, request.keep_stop, request.visible)
+        ends = self.ends if not request.ignore_eos else set()
         reader = _Reader(ticket, draw, text, ends, time.perf_counter() + self.limits.generation_s)
         ids_1S = torch.tensor([request.ids], device=self.engine.device.torch_device)
         self.engine.model.generate(
@@ -304,6 +311,8 @@ class Service:
             stopping_criteria=transformers.StoppingCriteriaList([reader]),
             streamer=reader,
         )
+        if reader.late:
+            raise TimeoutError(f"the answer took longer than {self.limits.generation_s:.0f} s")
         reader.close()
         return reader.finish, text.stop_string
 
@@ -321,7 +330,9 @@ class Service:
             pad_token_id=min(ends, default=0),
         )
 
-    def _ends(self) -> set[int]:
+    @property
+    def ends(self) -> set[int]:
+        """Tokens that end an answer."""
         eos = self.engine.model.generation_config.eos_token_id
         return set(eos if isinstance(eos, list) else [eos] if eos is not None else [])
 
@@ -358,7 +369,7 @@ class _Reader(transformers.generation.streamers.BaseStreamer, transformers.Stopp
         self._prompt_seen = self._closed = False
         self._tokens: list[int] = []
         self._told = 0  # logprobs
-        self.finish = "length"
+        self.finish, self.late = "length", False
 
     def put(self, value: torch.Tensor) -> None:
         if not self._prompt_seen:
@@ -386,8 +397,8 @@ class _Reader(transformers.generation.streamers.BaseStreamer, transformers.Stopp
             self._tell(self._text.end(), last=True)
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        late = time.perf_counter() > self._until
-        done = self._text.stopped or late
+        self.late = not self._text.stopped and time.perf_counter() > self._until
+        done = self._text.stopped or self.late
         return torch.full((input_ids.shape[0],), done, dtype=torch.bool, device=input_ids.device)
 
     def _tell(self, text: str, last: bool = False) -> None:

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -24,6 +25,9 @@ from hubs import COMMIT, Hub, reach, serving
 
 import duoserve
 from duoserve import checkpoint, cli, codec, peers, prompts, repl, results, shelf, tracing
+from duoserve import serving as serving_
+from duoserve.api.grammar import check_schema, mask_for
+from duoserve.api.tools import check_tools, prepare
 from duoserve.config import EngineConfig, parse_share
 from duoserve.convert import convert
 from duoserve.core import Key, Refusal
@@ -33,6 +37,7 @@ from duoserve.future import Future
 from duoserve.needs import count_passes
 from duoserve.outlook import look
 from duoserve.profile import read_profile
+from duoserve.remote import Server
 from duoserve.runfile import Run, read_run, write_run
 from duoserve.store import Store
 from predictor.load import load_folder
@@ -84,6 +89,12 @@ class Kit(NamedTuple):
         hub = Hub({"org/toy": {COMMIT: self.toy("mixtral")}}, {"main": COMMIT}, status)
         reach(self.stack.enter_context(serving(hub)), self.patch, self.tmp / "hf")
         return model
+
+    def port(self) -> None:
+        """Listen where somebody does."""
+        taken = self.stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        with serving_._listening("127.0.0.1", taken.getsockname()[1]):
+            pass
 
     def shelf(self) -> Path:
         """A cache with two stores that were begun."""
@@ -243,6 +254,13 @@ class Strange:
 
 SMALL = toys._BASE | {"intermediate_size": 96, "num_hidden_layers": 1}
 INDEX = "model__safetensors__index__json"
+TOOL = {"type": "function", "function": {"name": "f"}}
+
+
+def nested(depth: int) -> dict[str, Any]:
+    return {"not": nested(depth - 1)} if depth > 1 else {}
+
+
 CASES: list[tuple[str, str, int, str, Callable[[Kit], Any]]] = [
     # code, what, exit status, what the line must say, how to get there
     ("E_SIZE", "ram that is no size", 2, r"ram 'lots' is not a size; .*6GiB", lambda k: look(k.toy("mixtral"), ram="lots")),
@@ -270,6 +288,14 @@ CASES: list[tuple[str, str, int, str, Callable[[Kit], Any]]] = [
     ("E_OPTION", "an unknown format", 2, r"'int5'; did you mean 'int4'", lambda k: EngineConfig(format="int5")),
     ("E_OPTION", "an unknown dtype", 2, r"'bfloat61'; did you mean 'bfloat16'", lambda k: EngineConfig(dtype="bfloat61")),
     ("E_OPTION", "an unknown device", 2, r"'gpu'.* auto, cpu, cuda", lambda k: EngineConfig(device="gpu")),
+    ("E_PORT", "a port that another listens on", 2, r"127.0.0.1 port \d+ cannot be listened on .*--port",
+     lambda k: k.port()),
+    ("E_OPTION", "a server for others without a key", 2, r"--host 0.0.0.0 is reached by others, and 0 keys .*--api-key",
+     lambda k: serving_._check_key("0.0.0.0", None)),
+    ("E_OPTION", "a key that is a word", 2, r"API key has 5 characters; give 8",
+     lambda k: serving_._check_key("::1", "short")),
+    ("E_URL", "no address", 2, r"'nowhere' is no address of a server; .*http://", lambda k: Server("nowhere")),
+    ("E_URL", "nothing answers", 3, r"nothing answers at http://127.0.0.1:9; start", lambda k: Server("http://127.0.0.1:9")),
     ("E_DEVICE", "no GPU", 7, r"0 found.*--device cpu", lambda k: duoserve.load(device="cuda")),
     ("E_MODEL", "no such folder", 3, r"no model folder './nowhere' here; give", lambda k: look("./nowhere")),
     ("E_MODEL", "a hub id that the hub does not know", 3, r"'org/none' .*\(401\); .*hf auth login",
@@ -446,6 +472,12 @@ CASES: list[tuple[str, str, int, str, Callable[[Kit], Any]]] = [
      lambda k: k.command("chat", "-p", "x", "--timeline", str(k.tmp / "none" / "run.json"))),
     ("E_CTX", "a batch beyond the plan", 4, r"1 x 17 tokens do not fit the 16 .*; load with a larger --ctx",
      lambda k: k.load(k.toy("mixtral"), ctx=16).model(toys.ids(1, 17))),
+    ("E_SCHEMA", "a schema that cannot be enforced", 2, r"Unimplemented keys: .*not.*; simplify",
+     lambda k: mask_for({"type": "json_schema", "json_schema": {"schema": {"not": {}}}}, k.load().tokenizer)),
+    ("E_SCHEMA", "a schema too deep", 2, r"more than 32 levels deep; make", lambda k: check_schema(nested(40))),
+    ("E_TOOLS", "tools for a model without", 2, r"chat template has no place for tools; use another",
+     lambda k: prepare([{"role": "user", "content": "x"}], [TOOL], "auto", k.load().tokenizer)),
+    ("E_TOOLS", "too many tools", 2, r"129 tools, at most 128 may be; send fewer", lambda k: check_tools([TOOL] * 129)),
     ("E_TEMPLATE", "messages that are none", 2, r"0 messages.*; pass", lambda k: k.load().generate([])),
     ("E_OPTION", "no room to answer", 2, r"max_new_tokens=0 .*; ask for at least 1",
      lambda k: k.load().generate("x", max_new_tokens=0)),
