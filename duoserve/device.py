@@ -14,7 +14,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,6 +23,7 @@ from duoserve.system import available_ram
 
 PAGE = 4096  # direct reads want addresses, offsets and lengths in multiples of this
 PIN_CHUNK = 256 << 20  # bytes registered per call: one failing call must not cost the whole pool
+REMEMBERED = 32  # jobs of a lane that were done last
 
 
 class Event:
@@ -78,7 +79,7 @@ def _happened() -> Event:
 DONE = _happened()  # what holds before anything was submitted
 
 
-@dataclass
+@dataclass(eq=False)
 class _Job:
     fn: Callable[[], Any]
     after: tuple[Event, ...]
@@ -86,10 +87,20 @@ class _Job:
     event: Event
     cost: float
     what: Key | None
+    lane: Lane
 
     @property
     def can_start(self) -> bool:
         return all(event.issued for event in self.after) and all(event.issued for event in self.behind)
+
+
+class Traffic(NamedTuple):
+    """Of one lane: whose work waits, is under way, and was done last (oldest first) of `done` in all."""
+
+    waiting: list[Key]
+    running: list[Key]
+    last: list[Key]
+    done: int
 
 
 class InlineStream:
@@ -147,7 +158,9 @@ class WorkerStream:
         self._in_order = in_order
         self._closed = False
         self._cuda = torch.cuda.Stream() if cuda else None
-        self._active = 0
+        self._running: list[_Job] = []
+        self._last: dict[Lane, deque[Key]] = {lane: deque(maxlen=REMEMBERED) for lane in Lane}
+        self._done = dict.fromkeys(Lane, 0)
         self._busy_since = 0.0
         self.busy_s = 0.0  # seconds with at least one job running
         self.cost_done: float = 0
@@ -171,7 +184,7 @@ class WorkerStream:
         What `fn`, or an event of `after`, raises, waiting for the returned event raises. `cost` is bytes, or
         seconds of compute where they are known; `what` the expert whose work it is.
         """
-        job = _Job(fn, tuple(after), tuple(behind), Event(), cost, what)
+        job = _Job(fn, tuple(after), tuple(behind), Event(), cost, what, lane)
         with self._board:
             if self._closed:
                 raise RuntimeError("the stream is closed: the engine was shut down")
@@ -202,6 +215,17 @@ class WorkerStream:
             if job is not None:
                 self._lanes[Lane.AHEAD].remove(job)
                 self._lanes[Lane.DEMAND].append(job)
+                job.lane = Lane.DEMAND
+
+    def traffic(self) -> dict[Lane, Traffic]:
+        """What moves just now, by lane."""
+        with self._board:
+            return {lane: self._traffic(lane) for lane in Lane}
+
+    def _traffic(self, lane: Lane) -> Traffic:
+        waiting = [job.what for job in self._lanes[lane] if job.what is not None]
+        running = [job.what for job in self._running if job.lane is lane and job.what is not None]
+        return Traffic(waiting, running, list(self._last[lane]), self._done[lane])
 
     def close(self) -> None:
         """Finish what is queued, then end the threads."""
@@ -221,7 +245,7 @@ class WorkerStream:
                     for job in list(queue)[: 1 if self._in_order else None]:
                         if job.can_start:
                             queue.remove(job)
-                            self._enter()
+                            self._enter(job)
                             return job
                 if self._closed and not any(self._lanes.values()):
                     return None
@@ -244,7 +268,7 @@ class WorkerStream:
             except BaseException as raised:  # handed to whoever waits for the event
                 error = raised
             with self._board:
-                self._leave(job.cost)
+                self._leave(job)
                 job.event.set(mark, error)
                 if self._shared or any(self._lanes.values()):  # what waited for this one may start
                     self._wake()
@@ -265,16 +289,19 @@ class WorkerStream:
             self._free_at = max(self._free_at, time.perf_counter()) + cost / self._rate
             return self._free_at
 
-    def _enter(self) -> None:
-        if self._active == 0:
+    def _enter(self, job: _Job) -> None:
+        if not self._running:
             self._busy_since = time.perf_counter()
-        self._active += 1
+        self._running.append(job)
 
-    def _leave(self, cost: float) -> None:
-        self._active -= 1
-        self.cost_done += cost
-        if self._active == 0:
+    def _leave(self, job: _Job) -> None:
+        self._running.remove(job)
+        self.cost_done += job.cost
+        if not self._running:
             self.busy_s += time.perf_counter() - self._busy_since
+        if job.what is not None:
+            self._done[job.lane] += 1
+            self._last[job.lane].append(job.what)
 
 
 def host_arena(n_bytes: int) -> torch.Tensor:
