@@ -9,12 +9,14 @@ import * as store from "./store.js";
 const IDEAS = ["What is a list?", "How do I undo a commit in Git?", "Explain what an index does.", "Show a loop in Python."];
 const SAVE_MS = 400; // between writes of a growing answer
 const SAY_MS = 1500; // between sentences read out
+const ELSEWHERE = "Another tab is answering in this conversation: wait for it, or start a new one here.";
 const LOOK_MS = { busy: 200, idle: 1500, hidden: 5000 };
 const at = (id) => document.getElementById(id);
 
 let chat = store.newChat(); // the one that is shown
 const running = new Map(); // conversation id -> Answer, in this tab
 let look = null; // the last of the engine
+let leaving = false; // the page is being closed or loaded again, which breaks its requests
 let removed = null; // for Undo
 
 // Turns
@@ -103,17 +105,19 @@ class Answer {
     this.first = this.latest = null;
     this.pieces = 0;
     this.progress = null;
-    this.saved = this.said = 0;
+    this.keeping = 0; // the timer of a write
+    this.said = 0;
     this.spoken = 0; // characters read out
     this.due = 0; // a paint that was asked for
   }
 
   async run() {
-    const body = { model: await modelName(), messages: messages(this.chat.turns), ...options() };
+    const asked = messages(this.chat.turns);
     this.chat.turns.push(this.turn);
     this.keep();
     this.paint();
     try {
+      const body = { model: await modelName(), messages: asked, ...options() };
       for await (const said of server.answer(body, this.abort.signal)) this.hear(said);
       this.turn.state = "done";
     } catch (error) {
@@ -133,12 +137,13 @@ class Answer {
     if (progress !== undefined) this.progress = progress;
     if (finish !== undefined) this.turn.finish = finish;
     if (usage !== undefined) this.usage = usage;
-    if (performance.now() - this.saved > SAVE_MS) this.keep();
+    this.keeping ||= setTimeout(() => this.keep(), SAVE_MS);
     this.say();
     this.paint();
   }
 
   fail(error) {
+    if (leaving) return; // what the next page makes of it: interrupted
     if (error.name === "AbortError") {
       this.turn.state = "stopped";
       return;
@@ -172,7 +177,8 @@ class Answer {
   }
 
   keep() {
-    this.saved = performance.now();
+    clearTimeout(this.keeping);
+    this.keeping = 0;
     if (!store.save(this.chat)) problem("The browser's storage is full: delete a conversation, this one is not kept.");
   }
 
@@ -264,12 +270,12 @@ async function alone(id, work) {
   if (!navigator.locks) return work();
   return navigator.locks.request(lockOf(id), { ifAvailable: true }, (lock) => {
     if (lock) return work();
-    return problem("Another tab is answering in this conversation: wait for it, or start a new one here.");
+    return problem(ELSEWHERE);
   });
 }
 
 async function answeredElsewhere(id) {
-  if (!navigator.locks) return Date.now() - (store.load(id)?.at ?? 0) < 60_000;
+  if (!navigator.locks) return false;
   const { held } = await navigator.locks.query();
   return held.some((lock) => lock.name === lockOf(id)) && !running.has(id);
 }
@@ -277,10 +283,7 @@ async function answeredElsewhere(id) {
 async function send(text) {
   text = text.trim();
   if (!text || running.has(chat.id)) return;
-  if (await answeredElsewhere(chat.id)) {
-    if (navigator.locks) problem("Another tab is answering in this conversation: wait for it, or start a new one here.");
-    if (navigator.locks) return;
-  }
+  if (await answeredElsewhere(chat.id)) return problem(ELSEWHERE);
   problem("");
   chat.turns.push({ role: "user", text });
   at("question").value = "";
@@ -291,7 +294,7 @@ async function send(text) {
 }
 
 async function retry() {
-  if (running.has(chat.id) || !chat.turns.length || (navigator.locks && (await answeredElsewhere(chat.id)))) return;
+  if (running.has(chat.id) || !chat.turns.length || (await answeredElsewhere(chat.id))) return;
   problem("");
   if (chat.turns.at(-1).role === "assistant") chat.turns.pop();
   await answer();
@@ -343,10 +346,21 @@ async function show(id, focus = false) {
 async function settle() {
   const settled = chat;
   const turn = settled.turns.at(-1);
-  if (turn?.state !== "streaming" || running.has(settled.id) || (await answeredElsewhere(settled.id))) return;
+  if (turn?.state !== "streaming" || running.has(settled.id)) return;
+  if (await answeredElsewhere(settled.id)) return void whenFree(settled.id);
   turn.state = "broken";
   turn.problem = "Interrupted: the page was closed or loaded again. Press Retry.";
   store.save(settled);
+}
+
+// The tab that answers has ended it, or was closed while it did.
+async function whenFree(id) {
+  await navigator.locks.request(lockOf(id), { mode: "shared" }, () => {});
+  if (chat.id !== id || running.has(id)) return;
+  chat = store.load(id) ?? chat;
+  await settle();
+  paint();
+  showFigures();
 }
 
 function fresh() {
@@ -421,8 +435,9 @@ function showFigures() {
 let afterKey = null;
 
 function askKey(then) {
-  afterKey = then;
-  if (!at("key").open) at("key").showModal();
+  afterKey = then ?? afterKey;
+  if (at("key").open) return;
+  at("key").showModal();
   at("key-value").value = "";
   at("key-value").focus();
 }
@@ -465,7 +480,8 @@ function hurryLook() {
 async function sayWhy(error) {
   if (error.status === 401) {
     status("wait", "a key is needed");
-    if (!store.key() && !sessionStorage.getItem("duoserve.later")) askKey(null);
+    store.forgetKey(); // it was not the right one
+    if (!sessionStorage.getItem("duoserve.later")) askKey(null);
   } else if (error.code === "loading") {
     const { progress } = await server.health().catch(() => ({}));
     const share = progress?.share != null ? `, ${Math.round(100 * progress.share)} %` : "";
@@ -574,10 +590,13 @@ function listen() {
   at("key").addEventListener("close", () => {
     const value = at("key-value").value.trim();
     at("key-value").value = "";
-    if (!value) return sessionStorage.setItem("duoserve.later", "1");
+    if (!value) return sessionStorage.setItem("duoserve.later", "1"); // not to be asked at every look
+    sessionStorage.removeItem("duoserve.later");
     store.saveKey(value);
     hurryLook();
-    return afterKey?.();
+    const then = afterKey;
+    afterKey = null;
+    return then?.();
   });
   at("key-later").addEventListener("click", () => {
     at("key-value").value = "";
@@ -606,7 +625,11 @@ function listen() {
   document.addEventListener("visibilitychange", hurryLook);
   window.addEventListener("online", hurryLook);
   window.addEventListener("resize", picture.redraw);
-  window.addEventListener("pagehide", () => running.forEach((task) => task.keep()));
+  window.addEventListener("pagehide", () => {
+    leaving = true;
+    running.forEach((task) => task.keep());
+  });
+  window.addEventListener("pageshow", () => (leaving = false));
   window.addEventListener("storage", onStorage);
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", picture.redraw);
 }
@@ -620,7 +643,7 @@ function onStorage(event) {
   const stored = store.load(chat.id);
   if (stored) chat = stored;
   else if (chat.turns.length) return fresh();
-  paint();
+  settle().then(paint);
   showFigures();
 }
 

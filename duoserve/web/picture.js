@@ -2,7 +2,8 @@
 
 const STEPS = 90; // columns of the history
 const WINDOW = 40; // looks that the shown rates are of
-const CHIPS = 6; // transfers drawn per look and lane
+const CHIPS = 3; // transfers drawn per look and lane
+const APART_MS = 110; // between two on one track, so that they can be read
 const NAMES = { r: "resident", u: "in use", g: "here on a guess", a: "arriving, needed", c: "arriving, guessed", ".": "absent" };
 const LANES = {
   demand: ["Needed", "a router has spoken, the layer waits"],
@@ -224,12 +225,16 @@ function move(track, arrived, flying) {
   track.querySelectorAll(".flying").forEach((chip) => chip.remove());
   const running = matchMedia("(prefers-reduced-motion: no-preference)").matches;
   if (!running && arrived.length) track.replaceChildren();
-  arrived.forEach(([layer, expert], n) => {
+  const now = performance.now();
+  for (const [layer, expert] of arrived) {
+    const free = Math.max(now, track.free ?? 0);
+    if (running && free > now + CHIPS * APART_MS) break;
     const chip = newChip(layer, expert, running ? "moving" : "still");
-    chip.style.setProperty("--delay", `${n * 45}ms`);
+    chip.style.setProperty("--delay", `${free - now}ms`);
+    track.free = free + APART_MS;
     chip.addEventListener("animationend", () => chip.remove(), { once: true });
     track.append(chip);
-  });
+  }
   for (const [layer, expert] of flying.slice(0, 2)) track.append(newChip(layer, expert, "flying"));
   while (track.childElementCount > 4 * CHIPS) track.firstElementChild.remove();
 }

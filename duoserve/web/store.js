@@ -57,6 +57,10 @@ export function saveKey(value) {
   put(sessionStorage, KEY, value);
 }
 
+export function forgetKey() {
+  sessionStorage.removeItem(KEY);
+}
+
 function put(storage, name, text) {
   try {
     storage.setItem(name, text);
