@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from duoserve import learning, tracing
+from duoserve import learning, serving, tracing
 from duoserve.config import size
 from duoserve.core import Refusal, nearest
 from duoserve.version import __version__
@@ -367,6 +367,7 @@ def _shown_progress() -> Iterator[Progress]:
 
 tracing.register(app)
 learning.register(app)
+serving.register(app)
 
 
 def main() -> None:

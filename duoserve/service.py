@@ -152,7 +152,7 @@ class Service:
 
     def submit(self, request: Request, tell: Callable[[Event], None]) -> Ticket:
         """Queue a request. Refusal where it can never be answered, `Busy` where it cannot be now."""
-        ticket = Ticket(request, self._room(request), tell)
+        ticket = Ticket(request, self.room(request), tell)
         with self._lock:
             if not self._open:
                 raise Busy("the server is shutting down", "server", 30)
@@ -171,6 +171,11 @@ class Service:
             self._waiting.setdefault(request.client, deque()).append(ticket)
             self._lock.notify()
         return ticket
+
+    @property
+    def open(self) -> bool:
+        """Whether requests are still taken."""
+        return self._open
 
     @property
     def queued(self) -> int:
@@ -198,8 +203,8 @@ class Service:
             self._lock.notify()
         self._ended()
 
-    def _room(self, request: Request) -> int:
-        """Tokens that may be made."""
+    def room(self, request: Request) -> int:
+        """Tokens that may be made; Refusal where there is no room at all."""
         plan, prompt = self.engine.plan, len(request.ids)
         room = plan.ctx - prompt
         if prompt == 0:

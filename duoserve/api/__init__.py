@@ -1,1 +1,1 @@
-"""An OpenAI-compatible server over one service."""
+"""The HTTP side: OpenAI's API on a `duoserve.service.Service`. Knows requests, replies and sockets; knows nothing of experts."""

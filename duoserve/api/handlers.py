@@ -1,0 +1,68 @@
+"""What the routes do once a model answers: read, ask, reply whole or in events. Knows the parts; knows nothing of loading."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from pydantic import BaseModel
+from starlette.requests import Request
+from starlette.responses import Response
+
+from duoserve.api.answers import Answers
+from duoserve.api.chat import Chat
+from duoserve.api.completions import Completions, prompt_ids
+from duoserve.api.kit import Kit
+from duoserve.api.responses import Responses, messages
+from duoserve.api.schema import ChatRequest, CompletionRequest, ResponsesRequest
+from duoserve.api.stream import EventStream, while_there
+
+
+class Reply(Protocol):
+    """One request's answer: `requests` of the service, and a reply of what it tells."""
+
+    requests: list[Any]
+
+    async def whole(self, answers: Answers) -> BaseModel: ...
+
+    def events(self, answers: Answers) -> Any: ...
+
+
+class Handlers:
+    def __init__(self, kit: Kit, stall_s: float):
+        self._kit, self._stall_s = kit, stall_s
+
+    async def chat(self, request: Request, asked: ChatRequest) -> Response:
+        self._kit.host.check_name(asked.model)
+        ids = await self._kit.rendering.messages([message.plain for message in asked.messages])
+        reply = Chat(self._kit, asked, ids, _client(request, asked.user))
+        return await self._answer(request, reply, asked.stream)
+
+    async def completions(self, request: Request, asked: CompletionRequest) -> Response:
+        self._kit.host.check_name(asked.model)
+        ids = [await prompt_ids(self._kit, prompt) for prompt in asked.prompts]
+        reply = Completions(self._kit, asked, ids, _client(request, asked.user))
+        return await self._answer(request, reply, asked.stream)
+
+    async def responses(self, request: Request, asked: ResponsesRequest) -> Response:
+        self._kit.host.check_name(asked.model)
+        ids = await self._kit.rendering.messages(messages(asked))
+        reply = Responses(self._kit, asked, ids, _client(request, asked.user))
+        return await self._answer(request, reply, asked.stream)
+
+    async def _answer(self, request: Request, reply: Reply, streamed: bool | None) -> Response:
+        answers = Answers(self._kit.service, reply.requests, self._kit.metrics)
+        if streamed:
+            return EventStream(reply.events(answers), answers.cancel, self._stall_s)
+        try:
+            whole = await while_there(request, reply.whole(answers))
+        finally:
+            answers.cancel()
+        if whole is None:
+            return Response(status_code=499)  # nobody is there to read it
+        return Response(whole.model_dump_json(exclude_unset=True), media_type="application/json")
+
+
+def _client(request: Request, user: str | None) -> str:
+    """Whose turn it is: an address, or one of its users."""
+    host = request.client.host if request.client else ""
+    return f"{host} {user}" if user else host
