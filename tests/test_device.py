@@ -88,7 +88,7 @@ def test_busy_seconds_count_overlapping_work_once() -> None:
     for event in [stream.submit(lambda: gates.wait(10), cost=5) for _ in range(2)]:
         event.wait()
     stream.close()
-    assert stream.cost_done == 10 and stream.busy_s > 0 and stream._active == 0
+    assert stream.cost_done == 10 and stream.busy_s > 0 and not stream._running
 
 
 def test_a_closed_stream_refuses_work() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import re
 import shutil
@@ -22,9 +21,12 @@ from fastapi import FastAPI, Request  # noqa: E402
 from fastapi.responses import JSONResponse, StreamingResponse  # noqa: E402
 
 import duoserve  # noqa: E402
+from duoserve.api.app import make_app  # noqa: E402
+from duoserve.api.host import Host  # noqa: E402
 from duoserve.api.live import snapshot  # noqa: E402
 from duoserve.api.page import add_page, assets  # noqa: E402
-from duoserve.service import Service  # noqa: E402
+from duoserve.service import End, Service  # noqa: E402
+from duoserve.service import Request as ServiceRequest  # noqa: E402
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed (apt-get install chromium)")
@@ -244,7 +246,9 @@ def test_an_answer_shows_as_it_comes(site: Site, script: Script) -> None:
     script.pieces = ["first ", "second ", "third. "]
     script.hold.set()
     send(page, "Go on")
-    page.wait_for_function("() => document.querySelector('.turn[data-state=streaming] .body')?.innerText.includes('third')")
+    page.wait_for_function(
+        "() => document.querySelector('.turn[data-state=streaming] .body')?.innerText.includes('third')"
+    )
     assert page.is_visible("#stop") and page.is_hidden("#send")
     assert page.get_attribute(".turn[data-role=assistant] .body", "aria-busy") == "true"
     script.hold.clear()
@@ -440,7 +444,23 @@ def test_without_a_network_the_page_says_so_and_recovers(site: Site, script: Scr
     assert len(script.asked) == 2
 
 
-ALLOWED = {"div", "p", "h3", "h4", "h5", "h6", "ul", "ol", "li", "blockquote", "pre", "code", "span", "button", "strong"}
+ALLOWED = {
+    "div",
+    "p",
+    "h3",
+    "h4",
+    "h5",
+    "h6",
+    "ul",
+    "ol",
+    "li",
+    "blockquote",
+    "pre",
+    "code",
+    "span",
+    "button",
+    "strong",
+}
 TEXT_ONLY = """() => [...document.querySelectorAll('#turns .body *, #turns .note *')].map(e =>
     [e.tagName.toLowerCase(), [...e.attributes].map(a => a.name)])"""
 
@@ -528,7 +548,15 @@ def test_nothing_is_wider_than_the_window(site: Site, script: Script, width: int
 @needs_chromium
 def test_hostile_text_is_not_slow(site: Site, script: Script) -> None:
     page = site.open()
-    parts = ["**a " * 8000, ">" * 20_000, "`" * 20_000, " " * 20_000 + "`", "*a*" * 5000, "- " * 9000, "```" + " x" * 9000]
+    parts = [
+        "**a " * 8000,
+        ">" * 20_000,
+        "`" * 20_000,
+        " " * 20_000 + "`",
+        "*a*" * 5000,
+        "- " * 9000,
+        "```" + " x" * 9000,
+    ]
     script.pieces = ["\n\n".join(parts)]
     send(page, "Go")
     answered(page)
@@ -606,37 +634,72 @@ def test_a_look_names_what_is_flying(demo: Any) -> None:
     cache.check()
 
 
-@needs_chromium
-def test_the_picture_shows_a_real_engine_at_work(demo: Any, browser: Any) -> None:
+@pytest.fixture
+def real(demo: Any, browser: Any) -> Iterator[Site]:
+    """The application that `duoserve serve` runs."""
     engine, service = demo
-    app, stop = stand_in(Script(), {}), threading.Event()
-    app.router.routes[:] = [r for r in app.router.routes if getattr(r, "path", "") != "/v1/expert-cache"]
+    host = Host("demo")
+    host.ready(engine, service)
+    site = Site(make_app(host), browser)
+    yield site
+    site.close()
+    until(lambda: service.active == service.queued == 0)
 
-    @app.get("/v1/expert-cache")
-    async def live() -> Any:
-        return await asyncio.to_thread(snapshot, engine, service)
 
-    site = Site(app, browser)
-    page = site.open()
+@needs_chromium
+def test_the_demo_answers_and_its_picture_moves(demo: Any, real: Site) -> None:
+    page = real.open()
     page.wait_for_selector("#lanes .lane")
-    first = page.inner_text("#link")
-
-    def work() -> None:
-        while not stop.is_set():
-            engine.generate("Explain an index.", max_new_tokens=4, do_sample=False)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    with contextlib.ExitStack() as ending:
-        ending.callback(thread.join)
-        ending.callback(stop.set)
-        page.wait_for_function("first => document.querySelector('#link').textContent !== first", arg=first)
-        page.wait_for_function("() => document.querySelector('[data-name=hits] output').textContent.endsWith('%')")
-    plan = engine.plan
+    assert page.inner_text("#model") == "demo"
+    before = page.inner_text("#link")
+    page.evaluate("() => localStorage.setItem('duoserve.settings', JSON.stringify({maxTokens: 48, temperature: 0}))")
+    send(page, "Explain an index.")
+    page.wait_for_function("before => document.querySelector('#link').textContent !== before", arg=before)
+    assert answered(page)
+    page.wait_for_function("() => document.querySelector('[data-name=hits] output').textContent.endsWith('%')")
+    prompt, new = map(int, page.inner_text("#tokens").split(" + "))
+    assert 0 < new <= 48 and prompt > 5 and float(page.inner_text("#rate")) > 0
+    plan = demo[0].plan
     assert page.inner_text("#residency") == f"{plan.slots} of {plan.experts} fit"
     assert page.locator("#memory > div").count() == 5
     drawn = page.evaluate("""() => { const c = document.querySelector('#map');
         const d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data;
         return new Set(Array.from({length: d.length / 4}, (_, i) => d.slice(4 * i, 4 * i + 4).join())).size; }""")
     assert drawn > 5  # colours: absent, and resident by how often they are used
-    site.close()
+
+
+@needs_chromium
+def test_stop_and_leaving_free_the_engine(demo: Any, real: Site) -> None:
+    _, service = demo
+    page = real.open()
+    send(page, "Write a long text.")
+    page.wait_for_selector(".turn[data-state=streaming] .body p")
+    page.keyboard.press("Escape")
+    page.wait_for_selector(".turn[data-state=stopped]")
+    until(lambda: service.active == 0)
+    page.get_by_role("button", name="Retry").click()
+    page.wait_for_selector(".turn[data-state=streaming] .body p")
+    page.close()
+    until(lambda: service.active == 0)
+
+
+@needs_chromium
+def test_a_prompt_that_does_not_fit_is_told_with_both_numbers(demo: Any, real: Site) -> None:
+    page = real.open()
+    send(page, "word " * 3000)
+    answered(page)
+    note = page.inner_text(".turn >> nth=-1 >> .note")
+    assert re.search(rf"the prompt has \d+ tokens, the context {demo[0].plan.ctx}; shorten it", note), note
+
+
+def test_how_far_a_prompt_was_read_is_told(demo: Any) -> None:
+    engine, service = demo
+    ids, told = [5] * 600, []
+    ticket = service.submit(ServiceRequest(ids, max_new=1), told.append)
+    seen = [(0, 600)]
+    while not told or not isinstance(told[-1], End):
+        seen += map(tuple, snapshot(engine, service)["requests"]["reading"])
+        time.sleep(0.002)
+    assert [all_ for _, all_ in seen] == [600] * len(seen) and ticket.read == 600
+    reads = [read for read, _ in seen]
+    assert reads == sorted(reads) and 0 < reads[-1] <= 600

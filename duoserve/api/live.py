@@ -15,7 +15,7 @@ import numpy as np
 from duoserve.core import Key
 
 if TYPE_CHECKING:
-    from duoserve.device import Traffic, WorkerStream
+    from duoserve.device import Traffic
     from duoserve.engine import Engine
     from duoserve.moe import Runtime
     from duoserve.service import Service
@@ -53,6 +53,7 @@ def snapshot(engine: Engine, service: Service) -> dict[str, Any]:
             "most_active": service.limits.active,
             "most_queued": service.limits.queue,
             "finished": dict(service.finished),
+            "reading": service.reading(),
         },
     }
 

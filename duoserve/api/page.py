@@ -1,5 +1,5 @@
 """The web page's files, read once and served from memory by exact name: no path of a request ever reaches the disk. Knows
-files and headers; knows nothing of models.
+files and their headers; knows nothing of models.
 """
 
 from __future__ import annotations
@@ -45,8 +45,6 @@ def add_page(app: Starlette) -> frozenset[str]:
         asset = found[request.url.path]
         headers = {
             "Content-Security-Policy": POLICY,
-            "X-Content-Type-Options": "nosniff",
-            "Referrer-Policy": "no-referrer",
             "Cache-Control": "no-cache",
             "ETag": asset.tag,
         }

@@ -159,8 +159,9 @@ class Answer {
     const { total, processed } = this.progress ?? {};
     if (total) return `Reading the prompt: ${processed} of ${total} tokens.`;
     if (look?.requests.queued) return `Waiting for a place: ${look.requests.queued} in the queue.`;
-    const pass = look?.pass;
-    if (pass?.phase === "prefill") return `Reading the prompt: layer ${pass.layer + 1} of ${look.layers}, ${pass.rows} tokens.`;
+    const reading = look?.requests.reading ?? [];
+    const [read, all] = [0, 1].map((n) => reading.reduce((sum, one) => sum + one[n], 0));
+    if (all) return `Reading ${reading.length > 1 ? `${reading.length} prompts` : "the prompt"}: ${read} of ${all} tokens.`;
     return "Waiting for the first token.";
   }
 
