@@ -50,7 +50,8 @@ class Logprob(NamedTuple):
 class Draw(LogitsProcessor):
     """Draws the tokens of one sequence; `drawn` has the logprobs where they were asked for.
 
-    `mask`: where given, is told each token and says which may come next (a grammar), as a bool tensor (V,).
+    `mask`: where given, is told each token and says which may come next (a grammar), as a bool tensor (V,). A model's
+    vocabulary may be larger than the tokenizer's that the mask knows: what it does not speak of may not come.
     """
 
     def __init__(self, sampling: Sampling, prompt_tokens: int, mask: Any = None):
@@ -84,7 +85,9 @@ class Draw(LogitsProcessor):
             for token, bias in asked.bias.items():
                 changed[0, token] += bias
         if self._mask is not None:
-            allowed_V = self._mask(input_ids[0, self._prompt :])
+            spoken_of = self._mask(input_ids[0, self._prompt :])[: changed.shape[1]]
+            allowed_V = torch.zeros(changed.shape[1], dtype=torch.bool)
+            allowed_V[: len(spoken_of)] = spoken_of
             changed = changed.masked_fill(~allowed_V.to(changed.device), -torch.inf)
         return changed
 

@@ -47,7 +47,7 @@ class Request:
     """A prompt as token ids and how to go on with it. `max_new` None: as many as there is room for; 0: only read the prompt.
 
     `prompt_logprobs`: alternatives to report with each token of the prompt; None for none.
-    `mask` as `sampling.Draw`; made anew for each request.
+    `mask` as `sampling.Draw`; made anew for each request. `visible`: special tokens that are part of the text.
     """
 
     ids: list[int]
@@ -58,6 +58,7 @@ class Request:
     ignore_eos: bool = False
     prompt_logprobs: int | None = None
     mask: Any = None
+    visible: frozenset[int] = frozenset()
     client: str = ""
 
 
@@ -307,8 +308,8 @@ class Service:
                 ticket.tell(Prompt([]))
             return "length", None
         draw = Draw(request.sampling, len(request.ids), request.mask)
-        text = TextStream(self.engine.tokenizer, request.stop, request.keep_stop)
-        ends = self._ends() if not request.ignore_eos else set()
+        text = TextStream(self.engine.tokenizer, request.stop, request.keep_stop, request.visible)
+        ends = self.ends if not request.ignore_eos else set()
         reader = _Reader(ticket, draw, text, ends, time.perf_counter() + self.limits.generation_s)
         ids_1S = torch.tensor([request.ids], device=self.engine.device.torch_device)
         self.engine.model.generate(
@@ -336,7 +337,9 @@ class Service:
             pad_token_id=min(ends, default=0),
         )
 
-    def _ends(self) -> set[int]:
+    @property
+    def ends(self) -> set[int]:
+        """Tokens that end an answer."""
         eos = self.engine.model.generation_config.eos_token_id
         return set(eos if isinstance(eos, list) else [eos] if eos is not None else [])
 

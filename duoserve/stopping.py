@@ -7,7 +7,7 @@ that may become a stop string.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 BROKEN = "\ufffd"  # what a tokenizer makes of half a character
@@ -15,9 +15,15 @@ LOOK_BACK = 6  # tokens before the new ones that are decoded with them, since so
 
 
 class TextStream:
-    """One answer's text. `put` returns what became certain; `stopped` says that a stop string came."""
+    """One answer's text. `put` returns what became certain; `stopped` says that a stop string came.
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = (), keep_stop: bool = False):
+    `visible`: special tokens whose text is told, where all others are not.
+    """
+
+    def __init__(
+        self, tokenizer: Any, stop: Sequence[str] = (), keep_stop: bool = False, visible: Collection[int] = frozenset()
+    ):
+        self._hidden = set(tokenizer.all_special_ids) - set(visible) if visible else None
         self._tokenizer, self._stop, self._keep_stop = tokenizer, [s for s in stop if s], keep_stop
         self._tokens: list[int] = []
         self._from = self._read = 0  # tokens decoded for context, and tokens whose text is certain
@@ -45,7 +51,11 @@ class TextStream:
     def _decode(self, tokens: list[int]) -> str:
         if self._tokenizer is None:  # ids alone
             return ""
-        text: str = self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        if self._hidden is not None:
+            tokens = [token for token in tokens if token not in self._hidden]
+        text: str = self._tokenizer.decode(
+            tokens, skip_special_tokens=self._hidden is None, clean_up_tokenization_spaces=False
+        )
         return text
 
     def _hand_on(self, text: str, last: bool) -> str:

@@ -1,1 +1,1 @@
-"""The HTTP side: OpenAI's API on a `duoserve.service.Service`. Knows requests, replies and sockets; knows nothing of experts."""
+"""The HTTP side: OpenAI's API on a `duoserve.service.Service`. Knows requests, replies and sockets; knows no experts."""

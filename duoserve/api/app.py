@@ -1,5 +1,5 @@
-"""The application: routes, what they take and give back. Computes nothing, and imports no torch: it answers /health while that
-is still being read.
+"""The application: routes, what they take and give back. Computes nothing, and imports no torch: it answers /health while
+that is still being read.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the routes do once a model answers: read, ask, reply whole or in events. Knows the parts; knows nothing of loading."""
+"""What the routes do once a model answers: ask it, reply whole or in events. Knows the parts; knows nothing of loading."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from duoserve.api.answers import Answers
 from duoserve.api.chat import Chat
 from duoserve.api.completions import Completions, prompt_ids
 from duoserve.api.kit import Kit
-from duoserve.api.responses import Responses, messages
+from duoserve.api.responses import Responses, answer_format, messages
 from duoserve.api.schema import ChatRequest, CompletionRequest, ResponsesRequest
 from duoserve.api.stream import EventStream, while_there
 
@@ -33,8 +33,15 @@ class Handlers:
 
     async def chat(self, request: Request, asked: ChatRequest) -> Response:
         self._kit.host.check_name(asked.model)
-        ids = await self._kit.rendering.messages([message.plain for message in asked.messages])
-        reply = Chat(self._kit, asked, ids, _client(request, asked.user))
+        parts = asked.model_dump(include={"tools", "tool_choice", "response_format"}, exclude_none=True, by_alias=True)
+        prompt = await self._kit.rendering.chat(
+            [message.plain for message in asked.messages],
+            parts.get("tools"),
+            parts.get("tool_choice"),
+            asked.parallel_tool_calls is not False,
+            parts.get("response_format"),
+        )
+        reply = Chat(self._kit, asked, prompt, _client(request, asked.user))
         return await self._answer(request, reply, asked.stream)
 
     async def completions(self, request: Request, asked: CompletionRequest) -> Response:
@@ -45,8 +52,8 @@ class Handlers:
 
     async def responses(self, request: Request, asked: ResponsesRequest) -> Response:
         self._kit.host.check_name(asked.model)
-        ids = await self._kit.rendering.messages(messages(asked))
-        reply = Responses(self._kit, asked, ids, _client(request, asked.user))
+        prompt = await self._kit.rendering.chat(messages(asked), answer=answer_format(asked))
+        reply = Responses(self._kit, asked, prompt, _client(request, asked.user))
         return await self._answer(request, reply, asked.stream)
 
     async def _answer(self, request: Request, reply: Reply, streamed: bool | None) -> Response:

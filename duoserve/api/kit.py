@@ -12,5 +12,5 @@ class Kit:
     def __init__(self, host: Host, model: Model, metrics: Metrics):
         self.host, self.metrics = host, metrics
         self.engine, self.service = model.engine, model.service
-        self.rendering, self.tokens = Rendering(model.engine), Tokens(model.engine.tokenizer)
+        self.rendering, self.tokens = Rendering(model.engine, model.service.ends), Tokens(model.engine.tokenizer)
         self.fingerprint = f"duoserve-{model.engine.store.fingerprint}"

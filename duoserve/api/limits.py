@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from duoserve.api.metrics import Metrics
 
 MAX_BODY, MAX_HEADERS = 8 << 20, 64 << 10
+MAX_UNREAD = 32 << 20  # bytes beyond which a sender is cut off instead of heard out
 BODY_S = 30.0  # for a body to come whole
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 LOCAL = frozenset({"localhost", "127.0.0.1", "::1"})
@@ -108,7 +109,7 @@ class Guard:
         """In constant time, for each way of sending one."""
         assert self._door.key is not None
         given = [b[7:].strip() for b in bearers if b[:7].lower() == b"bearer "] + keys
-        if not any([hmac.compare_digest(k, self._door.key.encode()) for k in given]):
+        if not any(hmac.compare_digest(k, self._door.key.encode()) for k in given):
             raise ApiError(
                 401,
                 "the API key is missing or wrong; send `Authorization: Bearer KEY` or `x-api-key: KEY`",
@@ -118,7 +119,7 @@ class Guard:
     async def _body(self, scope: Scope, receive: Receive) -> bytes | None:
         """The whole body, None where the client left meanwhile."""
         announced = _all(scope["headers"], b"content-length")
-        if announced and announced[0].isdigit() and int(announced[0][:20]) > self._door.max_body:
+        if announced and announced[0].isdigit() and int(announced[0][:20]) > MAX_UNREAD:
             raise self._too_large()
         try:
             return await asyncio.wait_for(self._read(receive), self._door.body_s)
@@ -126,16 +127,21 @@ class Guard:
             raise ApiError(408, f"the body did not come in {self._door.body_s:.0f} s", code="timeout") from None
 
     async def _read(self, receive: Receive) -> bytes | None:
-        body = bytearray()
-        while True:
+        """A little too much is read to its end and forgotten: who is cut off while sending never sees our answer."""
+        body, n_bytes = bytearray(), 0
+        while n_bytes <= MAX_UNREAD:
             message = await receive()
             if message["type"] == "http.disconnect":
                 return None
-            body += message.get("body", b"")
-            if len(body) > self._door.max_body:
-                raise self._too_large()
+            piece = message.get("body", b"")
+            n_bytes += len(piece)
+            if n_bytes <= self._door.max_body:
+                body += piece
             if not message.get("more_body", False):
-                return bytes(body)
+                break
+        if n_bytes > self._door.max_body:
+            raise self._too_large()
+        return bytes(body)
 
     def _too_large(self) -> ApiError:
         return ApiError(413, f"the body has more than {self._door.max_body:,} bytes; send less", code="too_large")

@@ -14,6 +14,7 @@ from duoserve.api.answers import Answers
 from duoserve.api.chat import checked
 from duoserve.api.errors import ApiError, of_failure
 from duoserve.api.kit import Kit
+from duoserve.api.rendering import Prompt
 from duoserve.api.schema import ResponsesRequest
 from duoserve.api.stream import PING, event
 from duoserve.service import End, Piece, Request
@@ -27,14 +28,23 @@ def messages(asked: ResponsesRequest) -> list[dict[str, Any]]:
     return [*first, *(message.plain for message in asked.input)]
 
 
+def answer_format(asked: ResponsesRequest) -> dict[str, Any] | None:
+    """As chat's response_format has it."""
+    if asked.text is None or asked.text.format is None:
+        return None
+    found = asked.text.format.model_dump(exclude_none=True, by_alias=True)
+    kind = found.pop("type")
+    return {"type": kind, "json_schema": found} if kind == "json_schema" else {"type": kind}
+
+
 class Responses:
     """One response: whole, or as the events that make it."""
 
-    def __init__(self, kit: Kit, asked: ResponsesRequest, ids: list[int], client: str):
+    def __init__(self, kit: Kit, asked: ResponsesRequest, prompt: Prompt, client: str):
         self._kit, self._asked = kit, asked
         sampling = asking.sampling(asked, kit.engine)
         self._temperature, self._top_p = sampling.temperature, sampling.top_p
-        self.requests = [Request(ids, asked.max_output_tokens, sampling, client=client)]
+        self.requests = [Request(prompt.ids, asked.max_output_tokens, sampling, mask=prompt.mask, client=client)]
         self._id, self._created = f"resp_{uuid.uuid4().hex}", int(time.time())
         self._message_id = f"msg_{uuid.uuid4().hex}"
         self._number = -1
@@ -117,13 +127,19 @@ class Responses:
             "previous_response_id": None,
             "store": False,
             "temperature": self._temperature,
-            "text": {"format": {"type": "text"}},
+            "text": {"format": _format(asked)},
             "tool_choice": "auto",
             "tools": [],
             "top_p": self._top_p,
             "truncation": "disabled",
             "usage": None,
         }
+
+
+def _format(asked: ResponsesRequest) -> dict[str, Any]:
+    if asked.text is None or asked.text.format is None:
+        return {"type": "text"}
+    return asked.text.format.model_dump(exclude_none=True, by_alias=True)
 
 
 def _part(text: str) -> dict[str, Any]:

@@ -83,7 +83,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _deeper(value: Any, depth: int) -> bool:
     level = [value]
-    for _ in range(depth + 1):
+    for _ in range(depth):
         level = [v for item in level if isinstance(item, (dict, list)) for v in _inside(item)]
         if not level:
             return False
@@ -203,18 +203,44 @@ class TextPart(Strict):
 Content = str | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_MESSAGES)]
 
 
+class CalledFunction(Strict):
+    name: str
+    arguments: str
+
+
+class ToolCall(Strict):
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
 class Message(Strict):
     """Text only: parts with addresses of pictures or files are refused, nothing is ever fetched."""
 
     neutral = {"name": (), "refusal": (), "audio": (), "function_call": (), "annotations": ([],), "tool_calls": ([],)}
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Content
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Content | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS)] | None = None
+    tool_call_id: str | None = None
+
+    @model_validator(mode="after")
+    def _of_its_role(self) -> Message:
+        if self.tool_calls is not None and self.role != "assistant":
+            raise ValueError(f"tool_calls are the assistant's, not of role {self.role}")
+        if (self.tool_call_id is None) == (self.role == "tool"):
+            raise ValueError("tool_call_id belongs to role tool, and to no other")
+        if self.content is None and not self.tool_calls:
+            raise ValueError("content: this field is required; add it")
+        return self
 
     @property
     def plain(self) -> dict[str, Any]:
-        """As chat templates know messages."""
-        role = "system" if self.role == "developer" else self.role
-        return {"role": role, "content": text_of(self.content)}
+        """As `tools.prepare` reads messages."""
+        found: dict[str, Any] = {"role": self.role}
+        found["content"] = None if self.content is None else text_of(self.content)
+        if self.tool_calls is not None:
+            found["tool_calls"] = [call.model_dump() for call in self.tool_calls]
+        return found | ({"tool_call_id": self.tool_call_id} if self.tool_call_id is not None else {})
 
 
 def text_of(content: str | list[TextPart]) -> str:
@@ -222,7 +248,43 @@ def text_of(content: str | list[TextPart]) -> str:
 
 
 class TextFormat(Strict):
-    type: Literal["text"]
+    type: Literal["text", "json_object"]
+
+
+class Schema(Strict):
+    name: str = Field(max_length=256)
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+    description: str | None = None
+
+
+class SchemaFormat(Strict):
+    type: Literal["json_schema"]
+    json_schema: Schema
+
+
+Format = Annotated[TextFormat | SchemaFormat, Field(discriminator="type")]
+
+
+class Function(Strict):
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Strict):
+    type: Literal["function"]
+    function: Function
+
+
+class NamedFunction(Strict):
+    name: str
+
+
+class NamedTool(Strict):
+    type: Literal["function"]
+    function: NamedFunction
 
 
 class ChatRequest(Sampled):
@@ -231,10 +293,7 @@ class ChatRequest(Sampled):
         "metadata": ({},),
         "modalities": (["text"],),
         "service_tier": ("auto", "default"),
-        "parallel_tool_calls": (True,),
         "verbosity": ("medium",),
-        "tools": (),
-        "tool_choice": ("none", "auto"),
         "functions": (),
         "function_call": (),
         "audio": (),
@@ -250,7 +309,10 @@ class ChatRequest(Sampled):
     max_completion_tokens: Positive | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    response_format: TextFormat | None = None
+    response_format: Format | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
 
     @model_validator(mode="after")
     def _agree(self) -> ChatRequest:
@@ -300,8 +362,10 @@ class CompletionRequest(Sampled):
 
 
 class InputMessage(Strict):
-    neutral = {"id": (), "status": ("completed",), "phase": ()}
+    neutral = {"phase": ()}
     type: Literal["message"] = "message"
+    id: Annotated[str, StringConstraints(max_length=256)] | None = None  # of a former answer, sent back with it
+    status: Literal["in_progress", "completed", "incomplete"] | None = None
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[OutputPart], Field(min_length=1, max_length=MAX_MESSAGES)]
 
@@ -321,9 +385,13 @@ class OutputPart(TextPart):
 InputMessage.model_rebuild()
 
 
+class FlatSchemaFormat(Schema):
+    type: Literal["json_schema"]
+
+
 class TextConfig(Strict):
     neutral = {"verbosity": ("medium",)}
-    format: TextFormat | None = None
+    format: Annotated[TextFormat | FlatSchemaFormat, Field(discriminator="type")] | None = None
 
 
 class ResponsesRequest(Strict):
