@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from duoserve.core import Lane
-from duoserve.device import DONE, Event, ThreadDevice, WorkerStream, host_arena
+from duoserve.core import Key, Lane
+from duoserve.device import DONE, Event, ThreadDevice, Traffic, WorkerStream, host_arena
 from duoserve.system import available_ram, use_threads
 
 
@@ -53,6 +53,33 @@ def test_a_promoted_guess_is_a_need_and_a_cancelled_one_is_nothing(stream: Worke
     gate.set()
     guesses[2].wait()
     assert order == [3, 0, 2] and guesses[1].done
+
+
+def test_a_lane_tells_whose_work_waits_runs_and_is_done(stream: WorkerStream) -> None:
+    first, second, guess, hurried = (Key(0, e) for e in range(4))
+    started, gate = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        started.set()
+        gate.wait(10)
+
+    stream.submit(wait, what=first)
+    assert started.wait(10)
+    events = [
+        stream.submit(lambda: None, what=second),
+        stream.submit(lambda: None, lane=Lane.AHEAD, what=guess),
+        stream.submit(lambda: None, lane=Lane.AHEAD, what=hurried),
+    ]
+    stream.promote(events[2])
+    seen = stream.traffic()
+    assert seen[Lane.DEMAND] == Traffic([second, hurried], [first], [], 0)
+    assert seen[Lane.AHEAD] == Traffic([guess], [], [], 0)
+    gate.set()
+    for event in events:
+        event.wait()
+    seen = stream.traffic()
+    assert seen[Lane.DEMAND] == Traffic([], [], [first, second, hurried], 3)
+    assert seen[Lane.AHEAD] == Traffic([], [], [guess], 1)
 
 
 @pytest.mark.parametrize("how", ["after", "behind"])
