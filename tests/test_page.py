@@ -17,7 +17,7 @@ import pytest
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (pip install '.[test]')")
 uvicorn = pytest.importorskip("uvicorn")
-from fastapi import FastAPI, Request  # noqa: E402
+from fastapi import Depends, FastAPI, HTTPException, Request  # noqa: E402
 from fastapi.responses import JSONResponse, StreamingResponse  # noqa: E402
 
 import duoserve  # noqa: E402
@@ -30,6 +30,7 @@ from duoserve.service import Request as ServiceRequest  # noqa: E402
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed (apt-get install chromium)")
+thorough = pytest.mark.slow  # a second or two each, and a minute in all where the machine is busy
 XSS = json.loads((Path(__file__).parent / "data" / "xss.json").read_text())
 
 
@@ -43,6 +44,7 @@ class Script:
         self.refusal: tuple[int, str] | None = None
         self.key: str | None = None
         self.model = "stand-in"
+        self.loading = False
         self.asked: list[dict[str, Any]] = []
         self.left = 0  # answers that the reader went away from
 
@@ -71,22 +73,30 @@ class Script:
 
 def stand_in(script: Script, look: dict[str, Any]) -> FastAPI:
     """The routes that the page uses, without a model behind them."""
-    app = FastAPI()
-    open_paths = add_page(app)
 
-    @app.middleware("http")
-    async def guard(request: Request, go_on: Any) -> Any:
-        given = request.headers.get("authorization")
-        if script.key is None or request.url.path in open_paths or given == f"Bearer {script.key}":
-            return await go_on(request)
-        return JSONResponse({"error": {"message": "the API key is missing or wrong; send one", "code": None}}, 401)
+    def guard(request: Request) -> None:
+        if script.key is not None and request.headers.get("authorization") != f"Bearer {script.key}":
+            raise HTTPException(401, "the API key is missing or wrong; send one")
+
+    app = FastAPI(dependencies=[Depends(guard)])
+    add_page(app)
+
+    @app.exception_handler(HTTPException)
+    async def refused(request: Request, error: HTTPException) -> Any:
+        return JSONResponse({"error": {"message": error.detail, "code": None}}, error.status_code)
 
     @app.get("/v1/models")
     async def models() -> Any:
         return {"object": "list", "data": [{"id": script.model}]}
 
+    @app.get("/health")
+    async def health() -> Any:
+        return JSONResponse({"status": "loading", "progress": {"share": 0.25}}, 503)
+
     @app.get("/v1/expert-cache")
     async def live() -> Any:
+        if script.loading:
+            return JSONResponse({"error": {"message": "the server is loading; try again", "code": "loading"}}, 503)
         return look
 
     @app.post("/v1/chat/completions")
@@ -289,6 +299,7 @@ def test_retry_asks_the_same_again(site: Site, script: Script) -> None:
     assert page.locator(".turn").count() == 2
 
 
+@thorough
 @needs_chromium
 def test_a_reload_keeps_conversations_and_what_was_streaming(site: Site, script: Script) -> None:
     page = site.open()
@@ -312,6 +323,7 @@ def test_a_reload_keeps_conversations_and_what_was_streaming(site: Site, script:
     assert page.locator(".turn").count() == 4
 
 
+@thorough
 @needs_chromium
 def test_two_tabs_share_conversations_and_do_not_answer_twice(site: Site, script: Script) -> None:
     first = site.open()
@@ -335,6 +347,7 @@ def test_two_tabs_share_conversations_and_do_not_answer_twice(site: Site, script
     second.wait_for_selector(".turn[data-state=broken]")  # nobody writes that answer any more
 
 
+@thorough
 @needs_chromium
 def test_a_server_that_goes_and_comes_back(site: Site, script: Script) -> None:
     page = site.open()
@@ -358,6 +371,7 @@ def test_a_server_that_goes_and_comes_back(site: Site, script: Script) -> None:
     assert script.asked[-1]["model"] == "another"
 
 
+@thorough
 @needs_chromium
 def test_everything_is_done_by_keyboard(site: Site, script: Script) -> None:
     page = site.open()
@@ -426,6 +440,7 @@ def _tabbed(page: Any) -> list[tuple[str, bool]]:
     return seen
 
 
+@thorough
 @needs_chromium
 def test_without_a_network_the_page_says_so_and_recovers(site: Site, script: Script) -> None:
     page = site.open()
@@ -465,6 +480,7 @@ TEXT_ONLY = """() => [...document.querySelectorAll('#turns .body *, #turns .note
     [e.tagName.toLowerCase(), [...e.attributes].map(a => a.name)])"""
 
 
+@thorough
 @needs_chromium
 def test_what_a_model_writes_stays_text(site: Site, script: Script) -> None:
     assert len(XSS) >= 50
@@ -494,6 +510,7 @@ def test_what_a_model_writes_stays_text(site: Site, script: Script) -> None:
 # What stands beside the flows
 
 
+@thorough
 @needs_chromium
 def test_a_key_is_asked_for_and_forgotten_with_the_tab(site: Site, script: Script) -> None:
     script.key = "open sesame"
@@ -515,6 +532,18 @@ def test_a_key_is_asked_for_and_forgotten_with_the_tab(site: Site, script: Scrip
     other.wait_for_selector("#key[open]")
 
 
+@thorough
+@needs_chromium
+def test_a_model_that_loads_says_how_far(site: Site, script: Script) -> None:
+    script.loading = True
+    page = site.open()
+    page.wait_for_function("() => document.querySelector('#status').textContent === 'loading, 25 %'")
+    script.loading = False
+    page.wait_for_selector("#status[data-state=ready]")
+    page.wait_for_selector("#lanes .lane")
+
+
+@thorough
 @needs_chromium
 def test_settings_are_sent(site: Site, script: Script) -> None:
     page = site.open()
@@ -530,6 +559,7 @@ def test_settings_are_sent(site: Site, script: Script) -> None:
     assert (asked["temperature"], asked["max_tokens"]) == (0.5, 20)
 
 
+@thorough
 @needs_chromium
 @pytest.mark.parametrize("width", [360, 800, 1360])
 def test_nothing_is_wider_than_the_window(site: Site, script: Script, width: int) -> None:
@@ -545,6 +575,7 @@ def test_nothing_is_wider_than_the_window(site: Site, script: Script, width: int
     assert page.is_visible("#map")
 
 
+@thorough
 @needs_chromium
 def test_hostile_text_is_not_slow(site: Site, script: Script) -> None:
     page = site.open()
@@ -668,6 +699,7 @@ def test_the_demo_answers_and_its_picture_moves(demo: Any, real: Site) -> None:
     assert drawn > 5  # colours: absent, and resident by how often they are used
 
 
+@thorough
 @needs_chromium
 def test_stop_and_leaving_free_the_engine(demo: Any, real: Site) -> None:
     _, service = demo
@@ -683,6 +715,7 @@ def test_stop_and_leaving_free_the_engine(demo: Any, real: Site) -> None:
     until(lambda: service.active == 0)
 
 
+@thorough
 @needs_chromium
 def test_a_prompt_that_does_not_fit_is_told_with_both_numbers(demo: Any, real: Site) -> None:
     page = real.open()

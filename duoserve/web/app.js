@@ -9,6 +9,7 @@ import * as store from "./store.js";
 const IDEAS = ["What is a list?", "How do I undo a commit in Git?", "Explain what an index does.", "Show a loop in Python."];
 const SAVE_MS = 400; // between writes of a growing answer
 const SAY_MS = 1500; // between sentences read out
+const LATE_MS = 500; // for what another tab wrote or let go of to be seen here
 const ELSEWHERE = "Another tab is answering in this conversation: wait for it, or start a new one here.";
 const LOOK_MS = { busy: 200, idle: 1500, hidden: 5000 };
 const at = (id) => document.getElementById(id);
@@ -125,6 +126,7 @@ class Answer {
     }
     this.measure();
     this.sayRest();
+    if (!leaving) this.keep(); // while no other tab may take the conversation for abandoned
   }
 
   hear({ text, progress, finish, usage }) {
@@ -138,6 +140,7 @@ class Answer {
     if (finish !== undefined) this.turn.finish = finish;
     if (usage !== undefined) this.usage = usage;
     this.keeping ||= setTimeout(() => this.keep(), SAVE_MS);
+    this.measure();
     this.say();
     this.paint();
   }
@@ -187,7 +190,9 @@ class Answer {
     if (this.due || chat.id !== this.chat.id) return;
     this.due = requestAnimationFrame(() => {
       this.due = 0;
-      if (chat.id === this.chat.id) paint();
+      if (chat.id !== this.chat.id) return;
+      paint();
+      showFigures();
     });
   }
 
@@ -254,7 +259,6 @@ async function answer() {
     await alone(asked.id, () => task.run());
   } finally {
     if (running.get(asked.id) === task) running.delete(asked.id);
-    if (asked.turns.includes(task.turn)) task.keep();
     if (chat.id === asked.id) {
       paint();
       showFigures();
@@ -269,10 +273,16 @@ const lockOf = (id) => `duoserve.answer.${id}`;
 // Without locks (a page that is neither local nor encrypted) tabs are on their own.
 async function alone(id, work) {
   if (!navigator.locks) return work();
-  return navigator.locks.request(lockOf(id), { ifAvailable: true }, (lock) => {
-    if (lock) return work();
-    return problem(ELSEWHERE);
-  });
+  let ours = false;
+  try {
+    await navigator.locks.request(lockOf(id), { signal: AbortSignal.timeout(LATE_MS) }, () => {
+      ours = true;
+      return work();
+    });
+  } catch (error) {
+    if (ours) throw error;
+    problem(ELSEWHERE);
+  }
 }
 
 async function answeredElsewhere(id) {
@@ -336,32 +346,41 @@ async function show(id, focus = false) {
   atEnd = true;
   problem("");
   document.body.classList.remove("chats-open");
-  await settle();
   paint();
   paintChats();
   showFigures();
   if (focus) at("question").focus();
+  await settle();
 }
 
 // An answer that nobody is writing any more was interrupted: by a reload, or a closed tab.
 async function settle() {
-  const settled = chat;
-  const turn = settled.turns.at(-1);
-  if (turn?.state !== "streaming" || running.has(settled.id)) return;
-  if (await answeredElsewhere(settled.id)) return void whenFree(settled.id);
-  turn.state = "broken";
-  turn.problem = "Interrupted: the page was closed or loaded again. Press Retry.";
-  store.save(settled);
+  const { id } = chat;
+  const streams = () => chat.id === id && chat.turns.at(-1)?.state === "streaming" && !running.has(id);
+  if (!streams()) return;
+  if (await answeredElsewhere(id)) return void whenFree(id);
+  await new Promise((done) => setTimeout(done, LATE_MS)); // its last words may be on their way from tab to tab
+  if (!streams()) return;
+  chat = store.load(id) ?? chat;
+  if (streams()) {
+    const turn = chat.turns.at(-1);
+    turn.state = "broken";
+    turn.problem = "Interrupted: the page was closed or loaded again. Press Retry.";
+    store.save(chat);
+  }
+  paint();
+  showFigures();
 }
 
 // The tab that answers has ended it, or was closed while it did.
+const watched = new Set();
+
 async function whenFree(id) {
+  if (watched.has(id)) return;
+  watched.add(id);
   await navigator.locks.request(lockOf(id), { mode: "shared" }, () => {});
-  if (chat.id !== id || running.has(id)) return;
-  chat = store.load(id) ?? chat;
-  await settle();
-  paint();
-  showFigures();
+  watched.delete(id);
+  if (chat.id === id) await settle();
 }
 
 function fresh() {
@@ -644,8 +663,9 @@ function onStorage(event) {
   const stored = store.load(chat.id);
   if (stored) chat = stored;
   else if (chat.turns.length) return fresh();
-  settle().then(paint);
+  paint();
   showFigures();
+  settle();
 }
 
 function begin() {

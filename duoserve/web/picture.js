@@ -3,7 +3,7 @@
 const STEPS = 90; // columns of the history
 const WINDOW = 40; // looks that the shown rates are of
 const CHIPS = 3; // transfers drawn per look and lane
-const APART_MS = 110; // between two on one track, so that they can be read
+const APART_MS = 125; // between two on one track, so that they can be read
 const NAMES = { r: "resident", u: "in use", g: "here on a guess", a: "arriving, needed", c: "arriving, guessed", ".": "absent" };
 const LANES = {
   demand: ["Needed", "a router has spoken, the layer waits"],
