@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from duoserve import learning, serving, tracing
-from duoserve.config import size
+from duoserve.config import EngineConfig, parse_size, size
 from duoserve.core import Refusal, nearest
 from duoserve.version import __version__
 
 if TYPE_CHECKING:
+    from duoserve.conversation import Conversation
     from duoserve.convert import Progress
     from duoserve.engine import Engine
     from duoserve.shelf import Shelved
@@ -99,18 +100,22 @@ def chat(
     policy: PolicyName = "duoserve",
     predictor: PredictorName = None,
     link: Link = None,
+    url: Annotated[str | None, typer.Option(help="Talk to a server, such as http://127.0.0.1:8000, instead.")] = None,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="DUOSERVE_API_KEY", show_default=False, help="What that server asks for.")
+    ] = None,
 ) -> None:
     """Chat with a model in the terminal, or answer one --prompt."""
     where = {"budget": budget, "format": format, "trunk": trunk, "dtype": dtype, "device": device, "ctx": ctx}
     more = {"cache_dir": cache_dir, "threads": threads, "policy": policy, "link": link}
-    with _engine(model, where | more, predictor) as engine:
+    with _conversation(model, where | more, predictor, system, url, api_key) as (chat, greeting):
         from duoserve import repl
 
         sampling = repl.sampling(max_new_tokens, temperature, top_p, seed)
         if prompt is not None:
-            repl.answer_once(engine, prompt, system, sampling, as_json)
+            repl.answer_once(chat, prompt, sampling, as_json)
         else:
-            repl.run(engine, system, sampling, as_json)
+            repl.run(chat, greeting, sampling, as_json)
 
 
 @app.command()
@@ -123,8 +128,6 @@ def convert(
     ] = None,
 ) -> None:
     """Convert a checkpoint into an expert store; goes on where an interrupted conversion stopped."""
-    from duoserve.config import EngineConfig
-
     EngineConfig(format=format, dtype=dtype)  # refuse before torch is imported
     from duoserve.checkpoint import check_config, quiet
     from duoserve.convert import convert as make_store
@@ -152,8 +155,6 @@ def plan(
     predictor: PredictorName = None,
 ) -> None:
     """What fits and what it will cost, from the config alone; loads and downloads no weights."""
-    from duoserve.config import EngineConfig, parse_size
-
     options: dict[str, Any] = {"budget": budget, "format": format, "trunk": trunk, "dtype": dtype}
     options |= {"device": device, "ctx": ctx}
     EngineConfig.of(**options)  # refuse before torch is imported, as below
@@ -302,9 +303,34 @@ def _confirm(chosen: list[Shelved]) -> None:
 
 
 @contextmanager
-def _engine(model: str | None, options: dict[str, Any], predictor: str | None = None) -> Iterator[Engine]:
-    from duoserve.config import EngineConfig
+def _conversation(
+    model: str | None,
+    options: dict[str, Any],
+    predictor: str | None,
+    system: str | None,
+    url: str | None,
+    api_key: str | None,
+) -> Iterator[tuple[Conversation, str]]:
+    """With an engine, or with a server; and how it is greeted."""
+    if url is not None:
+        theirs = EngineConfig().__dict__ | {"predictor": None}
+        for name, value in (options | {"predictor": predictor}).items():
+            if value != theirs[name]:
+                raise Refusal("E_OPTION", f"--{name.replace('_', '-')} is the server's", "leave it out with --url")
+        from duoserve.remote import RemoteConversation, Server
 
+        server = Server(url, model, api_key)
+        yield RemoteConversation(server, system), f"{server.model} at {server.url}. /help for commands."
+        return
+    with _engine(model, options, predictor) as engine:
+        from duoserve.conversation import Conversation
+        from duoserve.repl import banner
+
+        yield Conversation(engine, system), banner(engine)
+
+
+@contextmanager
+def _engine(model: str | None, options: dict[str, Any], predictor: str | None = None) -> Iterator[Engine]:
     EngineConfig.of(**options)  # refuse before torch is imported
     if sys.stderr.isatty():
         print(f"loading {model or 'the demo'} ...", file=sys.stderr, flush=True)

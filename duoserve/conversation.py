@@ -65,6 +65,10 @@ class Conversation:
             return system + self.messages
         return "\n\n".join(message["content"] for message in system + self.messages)
 
+    def seed(self, value: int) -> None:
+        """Make sampling repeatable."""
+        torch.manual_seed(value)
+
     def _answer(self, **options: Any) -> Answer:
         prompt = self.prompt()
         if not self.reuse or options.get("num_beams", 1) > 1:  # beams reorder their cache
@@ -97,8 +101,3 @@ class Conversation:
             cache, same = transformers.DynamicCache(config=self.engine.model.config.get_text_config()), 0
         self.reused_tokens = same
         return cache
-
-
-def seed(value: int) -> None:
-    """Make sampling repeatable."""
-    torch.manual_seed(value)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from duoserve.conversation import Conversation, seed
+from duoserve.conversation import Conversation
 from duoserve.core import Refusal, nearest
 from duoserve.engine import Answer, Engine
 from duoserve.plan import size
@@ -61,11 +61,11 @@ def _checked(name: str, value: Any) -> Any:
     return number
 
 
-def answer_once(engine: Engine, prompt: str, system: str | None, settings: dict[str, Any], as_json: bool) -> None:
+def answer_once(chat: Conversation, prompt: str, settings: dict[str, Any], as_json: bool) -> None:
     """Stream one answer; with `as_json` also the figures, as the last line. Ctrl-C ends it with what there is."""
-    answer = _stream(Conversation(engine, system), prompt, settings)
+    answer = _stream(chat, prompt, settings)
     if as_json:
-        print(json.dumps(figures(engine, answer)), flush=True)
+        print(json.dumps(figures(chat.engine, answer)), flush=True)
 
 
 def figures(engine: Engine, answer: Answer | None) -> dict[str, Any]:
@@ -73,11 +73,11 @@ def figures(engine: Engine, answer: Answer | None) -> dict[str, Any]:
     return {"text": answer.text if answer else "", "finish": answer.finish if answer else None} | engine.stats()
 
 
-def run(engine: Engine, system: str | None, settings: dict[str, Any], as_json: bool) -> None:
+def run(chat: Conversation, greeting: str, settings: dict[str, Any], as_json: bool) -> None:
     """Read, answer, repeat, until end of input or /quit."""
-    chat, last = Conversation(engine, system), None
+    last = None
     terminal = sys.stdin.isatty()
-    print(banner(engine), file=sys.stdout if terminal else sys.stderr)
+    print(greeting, file=sys.stdout if terminal else sys.stderr)
     if terminal:
         _history()
     for line in _lines(terminal):
@@ -92,7 +92,7 @@ def run(engine: Engine, system: str | None, settings: dict[str, Any], as_json: b
         else:
             _guarded(lambda name=name, rest=rest: _command(chat, settings, name, rest.strip()))
     if as_json:
-        print(json.dumps(figures(engine, last)), flush=True)
+        print(json.dumps(figures(chat.engine, last)), flush=True)
 
 
 def banner(engine: Engine) -> str:
@@ -104,7 +104,7 @@ def banner(engine: Engine) -> str:
 
 
 def _stream(chat: Conversation, text: str | None, settings: dict[str, Any]) -> Answer | None:
-    options = _options(settings)
+    options = _options(chat, settings)
     with _interruptible() as stop:
         show = _Progress()
         watch = {"on_text": show.text, "on_layer": show.layer, "cancelled": stop.is_set}
@@ -119,10 +119,10 @@ def _stream(chat: Conversation, text: str | None, settings: dict[str, Any]) -> A
     return answer
 
 
-def _options(settings: dict[str, Any]) -> dict[str, Any]:
+def _options(chat: Conversation, settings: dict[str, Any]) -> dict[str, Any]:
     options = dict(settings)
     if "seed" in options:
-        seed(options.pop("seed"))
+        chat.seed(options.pop("seed"))
     if options.get("temperature") == 0:
         options.pop("temperature")
         options.pop("top_p", None)
@@ -164,19 +164,26 @@ def _set(settings: dict[str, Any], rest: str) -> None:
 
 
 def stats_text(s: dict[str, Any], reused: int) -> str:
+    """Of an engine; of a server only how the last answer went."""
+    if "hits" not in s:
+        return f"last answer   {_speed(s, reused)}\nserver        {s['url']}, its figures at {s['url']}/metrics"
     asked = s["hits"] + s["in_flight"] + s["misses"]
     share = {name: s[name] / asked if asked else 0 for name in ("hits", "in_flight", "misses")}
-    ttft = f"{s['ttft_s']:.2f} s to the first token" if s["ttft_s"] is not None else "no answer yet"
-    rate = f"{s['decode_tok_s']:.1f} tokens/s" if s["decode_tok_s"] else "-"
     link = f"{s['link_gbps']:.2f} GB/s while busy" if s["link_gbps"] else "idle"
     return (
-        f"last answer   {ttft}, then {rate}; {s['new_tokens']} new tokens, {s['prompt_tokens']} prompt ({reused} kept)\n"
+        f"last answer   {_speed(s, reused)}\n"
         f"experts       {share['hits']:.1%} hit, {share['in_flight']:.1%} in flight, {share['misses']:.1%} missed; "
         f"{s['slots']} of {s['experts']} fit\n"
         f"guesses       {_guesses(s)}\n"
         f"moved         {size(s['bytes_moved'])}, {link}\n"
         f"memory        {size(s['used_bytes'])} used of {size(s['planned_bytes'])} planned, budget {size(s['budget_bytes'])}"
     )
+
+
+def _speed(s: dict[str, Any], reused: int) -> str:
+    ttft = f"{s['ttft_s']:.2f} s to the first token" if s["ttft_s"] is not None else "no answer yet"
+    rate = f"{s['decode_tok_s']:.1f} tokens/s" if s["decode_tok_s"] else "-"
+    return f"{ttft}, then {rate}; {s['new_tokens']} new tokens, {s['prompt_tokens']} prompt ({reused} kept)"
 
 
 def _guesses(s: dict[str, Any]) -> str:

@@ -320,6 +320,8 @@ class Service:
             stopping_criteria=transformers.StoppingCriteriaList([reader]),
             streamer=reader,
         )
+        if reader.late:
+            raise TimeoutError(f"the answer took longer than {self.limits.generation_s:.0f} s")
         reader.close()
         return reader.finish, text.stop_string
 
@@ -376,7 +378,7 @@ class _Reader(transformers.generation.streamers.BaseStreamer, transformers.Stopp
         self._prompt_seen = self._closed = False
         self._tokens: list[int] = []
         self._told = 0  # logprobs
-        self.finish = "length"
+        self.finish, self.late = "length", False
 
     def put(self, value: torch.Tensor) -> None:
         if not self._prompt_seen:
@@ -404,8 +406,8 @@ class _Reader(transformers.generation.streamers.BaseStreamer, transformers.Stopp
             self._tell(self._text.end(), last=True)
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        late = time.perf_counter() > self._until
-        done = self._text.stopped or late
+        self.late = not self._text.stopped and time.perf_counter() > self._until
+        done = self._text.stopped or self.late
         return torch.full((input_ids.shape[0],), done, dtype=torch.bool, device=input_ids.device)
 
     def _tell(self, text: str, last: bool = False) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import openai
 import pytest
-from servers import CHAT, COMPLETIONS, RESPONSES, Running, check_chat, events, running
+from servers import CHAT, COMPLETIONS, RESPONSES, Reply, Running, check_chat, events, running
 
 import duoserve
 from duoserve.service import Limits
@@ -39,6 +39,10 @@ def client(server: Running) -> openai.OpenAI:
     return openai.OpenAI(
         base_url=f"{server.url}/v1", api_key="none", max_retries=0, _strict_response_validation=True, timeout=60
     )
+
+
+def texts(reply: Reply) -> list[str]:
+    return [choice["message"]["content"] for choice in reply.json["choices"]]
 
 
 def chat(**more: Any) -> dict[str, Any]:
@@ -123,15 +127,16 @@ def test_the_openai_client_reads_responses_strictly(client: openai.OpenAI) -> No
         HELLO,
         [{"type": "message", "role": "user", "content": [{"type": "input_text", "text": "What is Git?"}]}],
     ]
-    texts = [client.responses.create(**asked, input=text).output_text for text in inputs]
-    assert texts[0] and len(set(texts)) == 1
+    said = {client.responses.create(**asked, input=text).output_text for text in inputs}
+    assert len(said) == 1 and all(said)
     first = client.responses.create(**asked, input=HELLO, instructions="Be brief.", metadata={"a": "b"}, store=False)
     assert first.metadata == {"a": "b"} and first.instructions == "Be brief."
     again = [*HELLO, *[item.to_dict() for item in first.output], {"role": "user", "content": "And then?"}]
     assert client.responses.create(**asked, input=again).output_text  # type: ignore[arg-type]
     with client.responses.stream(**asked, input=HELLO) as stream:
-        kinds = [event.type for event in stream]
-        assert stream.get_final_response().output_text == texts[0]
+        found = list(stream)
+    kinds = [event.type for event in found]
+    assert "".join(event.delta for event in found if event.type == "response.output_text.delta") in said
     assert kinds[:2] == ["response.created", "response.in_progress"]
     assert kinds[-1] in ("response.completed", "response.incomplete")
 
@@ -153,7 +158,7 @@ def test_what_the_client_is_refused_it_can_name(client: openai.OpenAI, server: R
     assert (missing.value.code, missing.value.param) == ("model_not_found", "model")
     with pytest.raises(openai.BadRequestError, match="suffix: this field is not supported"):
         client.completions.create(model="demo", prompt="a", suffix="b")
-    with pytest.raises(openai.BadRequestError, match=r"messages.0.role: Input should be"):
+    with pytest.raises(openai.BadRequestError, match="answers the call '1', which nobody waits for"):
         client.chat.completions.create(**chat(messages=[{"role": "tool", "content": "x", "tool_call_id": "1"}]))
 
 
@@ -184,7 +189,7 @@ def test_two_seeds_differ_and_choices_do(server: Running) -> None:
         ]
         for s in (1, 1, 2)
     ]
-    assert texts[0] == texts[1] != texts[2] and texts[0][0] != texts[0][1]
+    assert found[0] == found[1] != found[2] and found[0][0] != found[0][1]
 
 
 def test_a_stop_string_is_not_told_streamed_or_whole(server: Running) -> None:
@@ -357,6 +362,32 @@ def test_a_failing_disk_is_an_error_event_and_the_server_lives(server: Running, 
         del engine.runtime.run
 
 
+def test_an_answer_that_takes_too_long_is_an_error(engine: Any) -> None:
+    with running(engine, Limits(active=1, generation_s=0.3)) as server:
+        reply = server.ask(CHAT, long())
+        assert reply.status == 503 and reply.error["code"] == "timeout" and "longer than 0 s" in reply.error["message"]
+        assert b'"code": "timeout"' in server.ask(CHAT, long(stream=True)).chunks[-1]
+
+
+def test_who_waits_too_long_is_told(engine: Any) -> None:
+    with running(engine, Limits(active=1, queue_s=0.2)) as server:
+        first = server.open(CHAT, long(stream=True))
+        until(lambda: server.service.active == 1)
+        reply = server.ask(CHAT, chat())
+        assert reply.status == 503 and "waited 0 s for a place" in reply.error["message"]
+        first.close()
+
+
+def test_nothing_between_us_and_a_client_that_leaves(server: Running) -> None:
+    """BaseHTTPMiddleware hides that a client left; httptools takes headers of any length."""
+    from starlette.middleware.base import BaseHTTPMiddleware
+
+    assert not any(issubclass(m.cls, BaseHTTPMiddleware) for m in server.app.user_middleware)
+    config = server.server.config
+    assert config.http == "h11" and config.h11_max_incomplete_event_size == 64 << 10
+    assert config.timeout_graceful_shutdown is not None and config.limit_concurrency is None
+
+
 # Health and figures
 
 
@@ -392,3 +423,59 @@ def test_health_and_figures_of_a_server_that_answers(server: Running) -> None:
     for name in ("time_to_first_token", "inter_token", "queue_wait"):
         assert found[f"duoserve_{name}_seconds_count"] >= 1
     assert 'route="other",status="404"' in text and "nowhere" not in text
+
+
+# Forms of answers
+
+
+def test_an_answer_follows_a_schema(server: Running, client: openai.OpenAI) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"ok": {"type": "boolean"}, "kind": {"enum": ["a", "b"]}},
+        "required": ["ok", "kind"],
+        "additionalProperties": False,
+    }
+    named = {"name": "n", "schema": schema, "strict": True}
+    for streamed in (False, True):
+        asked = chat(max_tokens=60, temperature=1, seed=3, n=2, stream=streamed)
+        reply = server.ask(CHAT, asked | {"response_format": {"type": "json_schema", "json_schema": named}})
+        for text in check_chat(reply, 2, usage=False) if streamed else texts(reply):
+            found = json.loads(text)
+            assert set(found) == {"ok", "kind"} and found["kind"] in ("a", "b")
+    made = client.responses.create(
+        model="demo", input="What?", max_output_tokens=60, text={"format": {"type": "json_schema", **named}}
+    )
+    assert set(json.loads(made.output_text)) == {"ok", "kind"}
+    for bad in ({"type": "json_schema", "json_schema": {"name": "n"}}, {"type": "xml"}, {"type": "json_schema"}):
+        assert server.ask(CHAT, chat(response_format=bad)).status == 400
+
+
+def test_a_forced_call_is_a_call_whole_and_streamed(
+    server: Running, client: openai.OpenAI, engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from test_tools import HERMES_TEMPLATE, TOOLS
+
+    assert "no place for tools" in server.ask(CHAT, chat(tools=TOOLS)).error["message"]
+    monkeypatch.setattr(engine.tokenizer, "chat_template", HERMES_TEMPLATE)
+    asked = chat(max_tokens=200, tools=TOOLS, tool_choice={"type": "function", "function": {"name": "add-node"}})
+    asked |= {"parallel_tool_calls": False}
+    made = client.chat.completions.create(**asked).choices[0]
+    assert made.finish_reason == "tool_calls" and made.message.content is None and made.message.tool_calls
+    call = made.message.tool_calls[0].function  # type: ignore[union-attr]
+    assert call.name == "add-node" and set(json.loads(call.arguments)) == {"kind", "on"}
+    deltas = [
+        d
+        for e in events(server.ask(CHAT, asked | {"stream": True}))
+        for d in e["choices"][0]["delta"].get("tool_calls", [])
+    ]
+    assert deltas[0]["id"] and deltas[0]["function"]["name"] == "add-node"
+    assert "".join(d["function"].get("arguments", "") for d in deltas) == call.arguments
+    again = [
+        *HELLO,
+        made.message.to_dict(),
+        {"role": "tool", "tool_call_id": made.message.tool_calls[0].id, "content": "4"},
+    ]
+    assert server.ask(CHAT, chat(messages=again, tools=TOOLS)).status == 200
+    assert server.ask(CHAT, chat(tools=TOOLS * 65)).error["param"] == "tools"
+    for bad in ("sometimes", {"type": "function", "function": {"name": "missing"}}):
+        assert server.ask(CHAT, chat(tools=TOOLS, tool_choice=bad)).status == 400

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from hubs import COMMIT, Hub, reach, serving
 
 import duoserve
 from duoserve import checkpoint, cli, codec, repl, shelf, tracing
+from duoserve import serving as serving_
 from duoserve.config import EngineConfig, parse_share
 from duoserve.convert import convert
 from duoserve.core import Key, Refusal
@@ -32,6 +34,7 @@ from duoserve.durable import exclusive
 from duoserve.needs import count_passes
 from duoserve.outlook import look
 from duoserve.profile import read_profile
+from duoserve.remote import Server
 from duoserve.store import Store
 from predictor.load import load_folder
 from traces.store import Traces
@@ -82,6 +85,12 @@ class Kit(NamedTuple):
         hub = Hub({"org/toy": {COMMIT: self.toy("mixtral")}}, {"main": COMMIT}, status)
         reach(self.stack.enter_context(serving(hub)), self.patch, self.tmp / "hf")
         return model
+
+    def port(self) -> None:
+        """Listen where somebody does."""
+        taken = self.stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        with serving_._listening("127.0.0.1", taken.getsockname()[1]):
+            pass
 
     def shelf(self) -> Path:
         """A cache with two stores that were begun."""
@@ -231,6 +240,14 @@ CASES: list[tuple[str, str, int, str, Callable[[Kit], Any]]] = [
     ("E_OPTION", "an unknown format", 2, r"'int5'; did you mean 'int4'", lambda k: EngineConfig(format="int5")),
     ("E_OPTION", "an unknown dtype", 2, r"'bfloat61'; did you mean 'bfloat16'", lambda k: EngineConfig(dtype="bfloat61")),
     ("E_OPTION", "an unknown device", 2, r"'gpu'.* auto, cpu, cuda", lambda k: EngineConfig(device="gpu")),
+    ("E_PORT", "a port that another listens on", 2, r"127.0.0.1 port \d+ cannot be listened on .*--port",
+     lambda k: k.port()),
+    ("E_OPTION", "a server for others without a key", 2, r"--host 0.0.0.0 is reached by others, and 0 keys .*--api-key",
+     lambda k: serving_._check_key("0.0.0.0", None)),
+    ("E_OPTION", "a key that is a word", 2, r"API key has 5 characters; give 8",
+     lambda k: serving_._check_key("::1", "short")),
+    ("E_URL", "no address", 2, r"'nowhere' is no address of a server; .*http://", lambda k: Server("nowhere")),
+    ("E_URL", "nothing answers", 3, r"nothing answers at http://127.0.0.1:9; start", lambda k: Server("http://127.0.0.1:9")),
     ("E_DEVICE", "no GPU", 7, r"0 found.*--device cpu", lambda k: duoserve.load(device="cuda")),
     ("E_MODEL", "no such folder", 3, r"no model folder './nowhere' here; give", lambda k: look("./nowhere")),
     ("E_MODEL", "a hub id that the hub does not know", 3, r"'org/none' .*\(401\); .*hf auth login",

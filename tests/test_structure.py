@@ -23,7 +23,7 @@ FLOORS = {
     6: {"model", "needs"},
     7: {"engine"},
     8: {"conversation", "outlook", "measure", "service"},
-    9: {"repl", "doctor", "api"},
+    9: {"repl", "doctor", "api", "remote"},
     10: {"opening"},
     11: {"tracing", "learning", "serving"},
     12: {"cli"},

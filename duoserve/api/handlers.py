@@ -66,7 +66,7 @@ class Handlers:
             answers.cancel()
         if whole is None:
             return Response(status_code=499)  # nobody is there to read it
-        return Response(whole.model_dump_json(exclude_unset=True), media_type="application/json")
+        return Response(whole.model_dump_json(exclude_unset=True, by_alias=True), media_type="application/json")
 
 
 def _client(request: Request, user: str | None) -> str:

@@ -28,7 +28,9 @@ T = TypeVar("T")
 
 def event(value: BaseModel | dict[str, Any], name: str | None = None) -> bytes:
     """One event; JSON has no line breaks of its own."""
-    text = value.model_dump_json(exclude_unset=True) if isinstance(value, BaseModel) else json.dumps(value)
+    text = (
+        value.model_dump_json(exclude_unset=True, by_alias=True) if isinstance(value, BaseModel) else json.dumps(value)
+    )
     return (f"event: {name}\n" if name else "").encode() + b"data: " + text.encode() + b"\n\n"
 
 

@@ -1,0 +1,121 @@
+"""A conversation with a server instead of an engine of our own. Knows OpenAI's API as its client; knows no models."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import openai
+
+from duoserve.conversation import Conversation
+from duoserve.core import Refusal
+from duoserve.engine import Answer
+
+
+class Server:
+    """Stands where an engine stands: answers messages, has figures. Refusal where nothing answers, or no such model."""
+
+    def __init__(self, url: str, model: str | None = None, api_key: str | None = None):
+        self.url = url.rstrip("/").removesuffix("/v1")
+        if not self.url.startswith(("http://", "https://")):
+            raise Refusal("E_URL", f"{url!r} is no address of a server", "write it like http://127.0.0.1:8000")
+        self._client = openai.OpenAI(base_url=f"{self.url}/v1", api_key=api_key or "none", max_retries=2)
+        self.model = self._found(model)
+        self.last: Answer | None = None
+        self.seed: int | None = None
+
+    def generate(
+        self,
+        messages: list[dict[str, str]],
+        *,
+        on_text: Callable[[str], None] | None = None,
+        on_layer: Any = None,
+        cancelled: Callable[[], bool] | None = None,
+        **options: Any,
+    ) -> Answer:
+        """As `Engine.generate` with messages; leaving the stream is what cancels."""
+        began, first, text, finish, usage = time.perf_counter(), 0.0, "", "cancelled", None
+        with _refusing(self.url), self._client.chat.completions.create(**self._asked(messages, options)) as stream:
+            for chunk in stream:
+                usage = chunk.usage or usage
+                for choice in chunk.choices:
+                    if choice.delta.content:
+                        first = first or time.perf_counter()
+                        text += choice.delta.content
+                        if on_text:
+                            on_text(choice.delta.content)
+                    finish = choice.finish_reason or finish
+                if cancelled and cancelled():
+                    finish = "cancelled"
+                    break
+        now = time.perf_counter()
+        prompt, new = (usage.prompt_tokens, usage.completion_tokens) if usage else (0, 0)
+        rate = (new - 1) / (now - first) if new > 1 and now > first else None
+        self.last = Answer(text, prompt, new, first - began if first else 0.0, rate, finish)
+        return self.last
+
+    def stats(self) -> dict[str, Any]:
+        """Of the last answer; the rest is at the server's /metrics."""
+        last = self.last
+        return {
+            "url": self.url,
+            "model": self.model,
+            "prompt_tokens": last.prompt_tokens if last else 0,
+            "new_tokens": last.new_tokens if last else 0,
+            "ttft_s": last.ttft_s if last else None,
+            "decode_tok_s": last.decode_tok_s if last else None,
+        }
+
+    def _asked(self, messages: list[dict[str, str]], options: dict[str, Any]) -> dict[str, Any]:
+        asked: dict[str, Any] = {"model": self.model, "messages": messages, "stream": True}
+        asked["stream_options"] = {"include_usage": True}
+        asked["max_tokens"] = options.pop("max_new_tokens", None)
+        if options.pop("do_sample", True) is False:
+            asked["temperature"] = 0
+        for name in ("temperature", "top_p"):
+            if name in options:
+                asked[name] = options.pop(name)
+        if self.seed is not None:
+            asked["seed"] = self.seed
+        return {k: v for k, v in asked.items() if v is not None} | {"extra_body": options}
+
+    def _found(self, model: str | None) -> str:
+        with _refusing(self.url):
+            names = [found.id for found in self._client.models.list()]
+        if model is not None and model not in names:
+            raise Refusal("E_URL", f"{self.url} serves {', '.join(names)}, not {model}", "leave the model out", 3)
+        return names[0]
+
+
+class RemoteConversation(Conversation):
+    """Turns of one chat; the server reads all of them each time."""
+
+    def __init__(self, server: Server, system: str | None = None):
+        super().__init__(server, system, reuse=False)  # type: ignore[arg-type]
+        self.server = server
+
+    def prompt(self) -> list[dict[str, str]]:
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        return system + self.messages
+
+    def seed(self, value: int) -> None:
+        self.server.seed = value
+
+
+class _refusing:
+    """The client's errors as refusals of one line."""
+
+    def __init__(self, url: str):
+        self._url = url
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if isinstance(error, openai.APIConnectionError):
+            raise Refusal("E_URL", f"nothing answers at {self._url}", "start `duoserve serve`, or check the address", 3)
+        if isinstance(error, openai.APIError):
+            body = error.body if isinstance(error.body, dict) else {}
+            what = body.get("message") or str(error)
+            raise Refusal("E_URL", f"the server says: {what}", "see its log, or ask for less", 3) from error
