@@ -449,7 +449,7 @@ function showFigures() {
   const figures = chat.turns.findLast((turn) => turn.figures)?.figures;
   at("ttft").textContent = figures ? `${figures.ttft.toFixed(2)} s` : "–";
   at("rate").textContent = figures?.rate ? figures.rate.toFixed(1) : "–";
-  at("tokens").textContent = figures ? `${figures.prompt ?? "?"} + ${figures.tokens}` : "–";
+  at("tokens").textContent = figures ? [figures.prompt, figures.tokens].filter((n) => n !== null).join(" + ") : "–";
 }
 
 let afterKey = null;
