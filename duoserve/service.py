@@ -160,23 +160,23 @@ class Service:
         """Queue a request. Refusal where it can never be answered, `Busy` where it cannot be now."""
         ticket = Ticket(request, self.room(request), tell)
         with self._lock:
-            if not self._open:
-                raise Busy("the server is shutting down", "server", 30)
-            mine = len(self._waiting.get(request.client, ())) + sum(
-                t.request.client == request.client for t in self._active
-            )
-            waiting = self.queued
-            if waiting >= self.limits.queue:
-                raise Busy(f"{waiting} requests wait, at most {self.limits.queue} may", "server", self._retry_s())
-            if request.client and mine >= self.limits.per_client:
-                raise Busy(
-                    f"{mine} of your requests are under way, at most {self.limits.per_client} may be",
-                    "client",
-                    self._retry_s(),
-                )
+            self.refuse_full(request.client)
             self._waiting.setdefault(request.client, deque()).append(ticket)
             self._lock.notify()
         return ticket
+
+    def refuse_full(self, client: str = "") -> None:
+        """`Busy` where one more of this client's could not wait now."""
+        with self._lock:
+            mine = len(self._waiting.get(client, ())) + sum(t.request.client == client for t in self._active)
+            waiting, most = self.queued, self.limits.per_client
+        if not self._open:
+            raise Busy("the server is shutting down", "server", 30)
+        if waiting >= self.limits.queue:
+            raise Busy(f"{waiting} requests wait, at most {self.limits.queue} may", "server", self._retry_s())
+        if client and mine >= most:
+            what = f"{mine} of your requests are under way, at most {most} may be"
+            raise Busy(what, "client", self._retry_s())
 
     @property
     def open(self) -> bool:
@@ -185,7 +185,8 @@ class Service:
 
     @property
     def queued(self) -> int:
-        return sum(len(tickets) for tickets in self._waiting.values())
+        with self._lock:
+            return sum(len(tickets) for tickets in self._waiting.values())
 
     @property
     def active(self) -> int:

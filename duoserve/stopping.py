@@ -23,7 +23,7 @@ class TextStream:
     def __init__(
         self, tokenizer: Any, stop: Sequence[str] = (), keep_stop: bool = False, visible: Collection[int] = frozenset()
     ):
-        self._hidden = set(tokenizer.all_special_ids) - set(visible) if visible else None
+        self._hidden = special_ids(tokenizer) - set(visible) if visible else None
         self._tokenizer, self._stop, self._keep_stop = tokenizer, [s for s in stop if s], keep_stop
         self._tokens: list[int] = []
         self._from = self._read = 0  # tokens decoded for context, and tokens whose text is certain
@@ -70,6 +70,11 @@ class TextStream:
             certain, self._held = pending[: len(pending) - held], pending[len(pending) - held :]
         self.text += certain
         return certain
+
+
+def special_ids(tokenizer: Any) -> set[int]:
+    """Tokens that `skip_special_tokens` leaves out: more than those with a role, which `all_special_ids` has."""
+    return {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
 
 
 def _overlap(text: str, stop: str) -> int:

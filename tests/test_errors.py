@@ -26,6 +26,8 @@ from hubs import COMMIT, Hub, reach, serving
 import duoserve
 from duoserve import checkpoint, cli, codec, repl, shelf, tracing
 from duoserve import serving as serving_
+from duoserve.api.grammar import check_schema, mask_for
+from duoserve.api.tools import check_tools, prepare
 from duoserve.config import EngineConfig, parse_share
 from duoserve.convert import convert
 from duoserve.core import Key, Refusal
@@ -223,6 +225,13 @@ class Strange:
 
 SMALL = toys._BASE | {"intermediate_size": 96, "num_hidden_layers": 1}
 INDEX = "model__safetensors__index__json"
+TOOL = {"type": "function", "function": {"name": "f"}}
+
+
+def nested(depth: int) -> dict[str, Any]:
+    return {"not": nested(depth - 1)} if depth > 1 else {}
+
+
 CASES: list[tuple[str, str, int, str, Callable[[Kit], Any]]] = [
     # code, what, exit status, what the line must say, how to get there
     ("E_SIZE", "ram that is no size", 2, r"ram 'lots' is not a size; .*6GiB", lambda k: look(k.toy("mixtral"), ram="lots")),
@@ -392,6 +401,12 @@ CASES: list[tuple[str, str, int, str, Callable[[Kit], Any]]] = [
      lambda k: Traces(k.folder(trace__json={"schema": 9}))),
     ("E_CTX", "a batch beyond the plan", 4, r"1 x 17 tokens do not fit the 16 .*; load with a larger --ctx",
      lambda k: k.load(k.toy("mixtral"), ctx=16).model(toys.ids(1, 17))),
+    ("E_SCHEMA", "a schema that cannot be enforced", 2, r"Unimplemented keys: .*not.*; simplify",
+     lambda k: mask_for({"type": "json_schema", "json_schema": {"schema": {"not": {}}}}, k.load().tokenizer)),
+    ("E_SCHEMA", "a schema too deep", 2, r"more than 32 levels deep; make", lambda k: check_schema(nested(40))),
+    ("E_TOOLS", "tools for a model without", 2, r"chat template has no place for tools; use another",
+     lambda k: prepare([{"role": "user", "content": "x"}], [TOOL], "auto", k.load().tokenizer)),
+    ("E_TOOLS", "too many tools", 2, r"129 tools, at most 128 may be; send fewer", lambda k: check_tools([TOOL] * 129)),
     ("E_TEMPLATE", "messages that are none", 2, r"0 messages.*; pass", lambda k: k.load().generate([])),
     ("E_OPTION", "no room to answer", 2, r"max_new_tokens=0 .*; ask for at least 1",
      lambda k: k.load().generate("x", max_new_tokens=0)),

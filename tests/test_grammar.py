@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 from collections.abc import Iterator
@@ -10,12 +11,14 @@ from typing import Any
 import jsonschema
 import pytest
 import torch
+from test_service import Reader, ask
 
 import duoserve
-from duoserve.api import grammar
+from duoserve.api import compiling, grammar
 from duoserve.api.grammar import mask_for
 from duoserve.core import Refusal
 from duoserve.sampling import Draw, Sampling
+from duoserve.service import Busy, Limits, Service
 
 STR = {"type": "string", "maxLength": 6}
 INT = {"type": "integer"}
@@ -90,7 +93,7 @@ def asked(schema: Any) -> dict[str, Any]:
 
 
 def completed(mask: Any, tokenizer: Any, ids: list[int], dice: random.Random) -> str:
-    """`ids` and what may follow until the end, the shortest of a few tokens that may each time: a way out, if there is one."""
+    """`ids` and what may follow until the end, closing what is open wherever that may be."""
     ids, eos = list(ids), tokenizer.eos_token_id
     closers = {
         t for t in range(len(tokenizer)) if tokenizer.decode([t]).strip() in ('"', "}", "]", "]}", '"}', '"]', "}}")
@@ -106,10 +109,6 @@ def completed(mask: Any, tokenizer: Any, ids: list[int], dice: random.Random) ->
 
 def test_every_answer_of_the_demo_follows_its_schema(engine: Any, tokenizer: Any) -> None:
     """At a temperature where the model would say anything. What ends by length is the beginning of what follows."""
-    from test_service import Reader, ask
-
-    from duoserve.service import Limits, Service
-
     service = Service(engine, Limits(active=3, queue=99))
     readers = {
         name: Reader(
@@ -117,7 +116,7 @@ def test_every_answer_of_the_demo_follows_its_schema(engine: Any, tokenizer: Any
             ask(
                 engine,
                 "Go on",
-                max_new=12,
+                max_new=8,
                 sampling=Sampling(temperature=8.0, seed=n),
                 mask=mask_for(asked(s), tokenizer),
             ),
@@ -261,14 +260,17 @@ SLOW = {
 }
 
 
-def test_what_takes_too_long_is_ended_and_the_next_schema_served(
-    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_takes_too_long_is_ended_and_the_next_schema_served(tokenizer: Any) -> None:
     trial = grammar._Trial(grammar._backend(tokenizer), [0])
     trial._start["limit_s"] = 0.3
     for name, schema in SLOW.items():
-        assert trial.fault(grammar.json_grammar(schema)) is not None, name
-        assert trial._process is None
+        assert trial.fault(grammar.json_grammar(schema)) == compiling.OVERRAN, name
+        assert trial.fault(grammar.json_grammar(INT)) is None
+    process = trial._process
+    assert process is not None
+    process.kill()
+    with pytest.raises(Busy, match="started anew"):
+        trial.fault(grammar.json_grammar(INT))
     assert trial.fault(grammar.json_grammar(INT)) is None
     process = trial._process
     trial.end()
@@ -297,3 +299,62 @@ def test_other_shapes_of_response_format_are_refused(tokenizer: Any) -> None:
     ):
         with pytest.raises(Refusal, match="E_SCHEMA"):
             mask_for(asked_for, tokenizer)
+
+
+def test_a_grammar_that_fails_in_an_answer_ends_that_answer_alone(engine: Any) -> None:
+    many = {"type": "object", "properties": {f"k{i}": {"type": "string"} for i in range(2000)}}
+    service = Service(engine, Limits(active=2))
+    greedy = Sampling(temperature=0)
+    failing = Reader(
+        service, ask(engine, "Go on", max_new=8, sampling=greedy, mask=mask_for(asked(many), engine.tokenizer))
+    )
+    other = Reader(
+        service, ask(engine, "Go on", max_new=8, sampling=greedy, mask=mask_for(asked(INT), engine.tokenizer))
+    )
+    end = failing.end()
+    assert end.finish == "error" and "E_SCHEMA: the grammar failed after 1 tokens" in str(end.error)
+    assert other.end().finish in ("stop", "length") and other.text.strip().lstrip("-").isdigit()
+    service.close()
+
+
+KEYS = ["type", "properties", "items", "anyOf", "allOf", "oneOf", "not", "$ref", "$defs", "enum", "const", "pattern",
+        "minimum", "multipleOf", "minItems", "maxLength", "required", "additionalProperties", "patternProperties",
+        "prefixItems", "$id", "$schema", "$anchor", "if", "propertyNames"]  # fmt: skip
+VALUES = [None, True, 0, -1, 1e308, 2**63, 10**40, 0.1, "", "#", "#/", "#/$defs/n", "string", "object", "^a*$",
+          "(a|b)*c{3,900}", [], {}, ["object", "null"], [{}], {"a": {}}, "\x00", [1, 1]]  # fmt: skip
+
+
+def containers(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict | list):
+        yield value
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from containers(inner)
+
+
+def mutated(dice: random.Random) -> dict[str, Any]:
+    schema = copy.deepcopy(dice.choice([*SCHEMAS.values()]))
+    for _ in range(dice.randrange(1, 4)):
+        place = dice.choice([*containers(schema)])
+        value = copy.deepcopy(dice.choice([*VALUES, dice.choice([*SCHEMAS.values()])]))
+        if isinstance(place, dict):
+            place[dice.choice([*KEYS, *place])] = value
+        else:
+            place.append(value)
+    return schema
+
+
+@pytest.mark.parametrize("cases", [150, pytest.param(20_000, marks=pytest.mark.slow)])
+def test_whatever_stands_in_a_schema_it_is_taken_or_refused(tokenizer: Any, cases: int) -> None:
+    dice, taken = random.Random(cases), 0
+    for _ in range(cases):
+        schema = mutated(dice)
+        try:
+            mask, ids = mask_for(asked(schema), tokenizer), []
+        except Refusal:
+            continue
+        taken += 1
+        for _ in range(6):
+            ids.append(dice.choice(mask(torch.tensor(ids, dtype=torch.long)).nonzero().flatten().tolist()))
+            if ids[-1] == tokenizer.eos_token_id:
+                break
+    assert cases / 10 < taken < cases

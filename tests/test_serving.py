@@ -30,6 +30,12 @@ LONG = {
 }
 
 
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Any]:
+    with duoserve.load(None, predictor="none", sequences=2) as engine:
+        yield engine
+
+
 class Process(Running):
     """A server in a process."""
 
@@ -116,28 +122,23 @@ def test_what_cannot_be_served_is_one_line(options: tuple[str, ...], says: str, 
     assert left.value.code == 2 and says in err and err.count("\n") == 1
 
 
-def test_answers_under_way_end_when_there_is_time() -> None:
-    with duoserve.load(None, predictor="none", sequences=1) as engine:
-        with running(engine, Limits(active=1), drain_s=60) as server:
-            body = LONG | {"max_tokens": 30, "stream": True}
-            stream = server.open(CHAT, body)
-            while b"content" not in stream.recv(1 << 14):
-                pass
-            kept = server.connect()
-            server.server.should_exit = True
-            while not server.host.draining:
-                time.sleep(0.01)
-            assert kept.recv(1) == b""  # idle connections are closed
-            left = b""
-            while piece := stream.recv(1 << 16):
-                left += piece
-            assert b'"finish_reason":"length"' in left and b"[DONE]" in left
+def test_answers_under_way_end_when_there_is_time(engine: Any) -> None:
+    with running(engine, Limits(active=1), drain_s=60) as server:
+        stream, kept = server.open(CHAT, LONG | {"max_tokens": 30, "stream": True}), server.connect()
+        while b"content" not in stream.recv(1 << 14):
+            pass
+        server.server.should_exit = True
+        assert kept.recv(1) == b""  # idle connections are closed
+        left = b""
+        while piece := stream.recv(1 << 16):
+            left += piece
+        assert b'"finish_reason":"length"' in left and b"[DONE]" in left
 
 
 # chat --url
 
 
-def test_chat_talks_to_a_server(capfd: Any, monkeypatch: Any) -> None:
+def test_chat_talks_to_a_server(engine: Any, capfd: Any, monkeypatch: Any) -> None:
     with duoserve.load(None, predictor="none", sequences=2) as engine, running(engine, Limits(active=2)) as server:
         want = server.ask(CHAT, LONG | {"max_tokens": 8, "temperature": 0, "ignore_eos": False}).json
         said = want["choices"][0]["message"]["content"]

@@ -1,5 +1,5 @@
-"""Tool calls in a model's text: how a family writes them, as a grammar that forces them and as a parser that reads them while
-they are written. Knows markers and JSON's outline; knows no tokens, requests or models.
+"""Tool calls in a model's text: how a family writes them, as a grammar that forces them and as a parser that reads them
+while they are written. Knows markers and JSON's outline; knows no tokens, requests or models.
 
     text ... <tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>
     Content                Call(0, id, "f")  Arguments(0, '{"a"') Arguments(0, ": 1}")
@@ -15,19 +15,20 @@ import secrets
 import string
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 BLANK = " \n\r\t"
 OUTSIDE = set('{}[]:,"+-.' + string.ascii_letters + string.digits + BLANK)  # what JSON has outside strings
 
 
-class Content(NamedTuple):
+@dataclass(frozen=True)
+class Content:
     """Text of the answer."""
 
     text: str
 
 
-class Call(NamedTuple):
+@dataclass(frozen=True)
+class Call:
     """A call has begun: the `index`th of this answer."""
 
     index: int
@@ -35,7 +36,8 @@ class Call(NamedTuple):
     name: str
 
 
-class Arguments(NamedTuple):
+@dataclass(frozen=True)
+class Arguments:
     """The next letters of a call's arguments, which are JSON once they are all there."""
 
     index: int
@@ -83,7 +85,7 @@ UNREAD = {
     "<function=": "functions as XML",
     "[ARGS]": "Mistral's [ARGS]",
     "<|channel|>": "harmony",
-    "<｜tool▁calls▁begin｜>": "DeepSeek's",
+    "tool▁calls▁begin": "DeepSeek's",
     "<|tool_calls_section_begin|>": "Kimi's",
     "<|python_tag|>": "Llama's",
     "<|action_start|>": "InternLM's",
@@ -135,14 +137,14 @@ class Parser:
             self._reader.send(letter)
         return self._taken()
 
-    def end(self) -> list[Delta]:
-        """What was held back, once no text follows."""
-        if not self._open:
-            held, self._pending = self._pending, ""
+    def end(self, finish: str = "stop") -> list[Delta]:
+        """What was held back, once no text follows. What may be the beginning of a marker is none if the text ended here."""
+        held, self._pending = self._pending, ""
+        if not self._open and finish != "length":
             for letter in held:
                 self._say(letter)
-            if self.calls == 0:
-                self._out.append(Content(self._blank))
+        if not self._open and self.calls == 0:
+            self._out.append(Content(self._blank))
         self._blank = ""
         return self._taken()
 

@@ -1,8 +1,8 @@
-"""Answers that must be JSON, or follow a schema: what may come next, step by step. Knows schemas and token ids; knows nothing of
-models, chats or HTTP.
+"""Answers that must be JSON, or follow a schema: what may come next, step by step. Knows schemas and token ids; knows
+nothing of models, chats or HTTP.
 
-A schema is bounded, compiled once by a process that may be ended (`compiling.py`), then here, and kept while it is used. Compiling
-takes up to two seconds and must not happen on an event loop.
+A schema is bounded, compiled once by a process that may be ended (`compiling.py`), then here, and kept while it is used.
+Compiling takes up to two seconds and must not happen on an event loop.
 """
 
 from __future__ import annotations
@@ -168,14 +168,14 @@ def marker_of(text: str, tokenizer: Any, ends: Sequence[int] | None = None) -> s
 
 
 class _Trial:
-    """The process that tries grammars; started when first needed, and after it had to be ended."""
+    """The process that tries grammars; started when first needed, and again where it was ended."""
 
     def __init__(self, tokenizer_json: str, ends: Sequence[int]):
         self._start = {"tokenizer": tokenizer_json, "ends": list(ends), "limit_s": COMPILE_S / 2}
         self._process: subprocess.Popen[str] | None = None
 
     def fault(self, grammar: str) -> str | None:
-        """What is wrong with it, in one line."""
+        """What is wrong with it, in one line. Raises `Busy` where nobody can say."""
         fresh = self._process is None
         process = self._process or self._begin()
         with contextlib.suppress(BrokenPipeError):
@@ -185,7 +185,7 @@ class _Trial:
         line = process.stdout.readline() if ready else ""
         if not line:
             self.end()
-            return f"it takes more than {COMPILE_S:.0f} s to compile, or too much memory"
+            raise Busy("what compiles schemas has ended or does not answer; it is started anew", "server", 2)
         return json.loads(line)["fault"]  # type: ignore[no-any-return]
 
     def _begin(self) -> subprocess.Popen[str]:

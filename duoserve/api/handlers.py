@@ -11,10 +11,12 @@ from starlette.responses import Response
 from duoserve.api.answers import Answers
 from duoserve.api.chat import Chat
 from duoserve.api.completions import Completions, prompt_ids
+from duoserve.api.errors import of_busy
 from duoserve.api.kit import Kit
 from duoserve.api.responses import Responses, answer_format, messages
 from duoserve.api.schema import ChatRequest, CompletionRequest, ResponsesRequest
 from duoserve.api.stream import EventStream, while_there
+from duoserve.service import Busy
 
 
 class Reply(Protocol):
@@ -32,7 +34,7 @@ class Handlers:
         self._kit, self._stall_s = kit, stall_s
 
     async def chat(self, request: Request, asked: ChatRequest) -> Response:
-        self._kit.host.check_name(asked.model)
+        client = self._client(request, asked)
         parts = asked.model_dump(include={"tools", "tool_choice", "response_format"}, exclude_none=True, by_alias=True)
         prompt = await self._kit.rendering.chat(
             [message.plain for message in asked.messages],
@@ -41,19 +43,19 @@ class Handlers:
             asked.parallel_tool_calls is not False,
             parts.get("response_format"),
         )
-        reply = Chat(self._kit, asked, prompt, _client(request, asked.user))
+        reply = Chat(self._kit, asked, prompt, client)
         return await self._answer(request, reply, asked.stream)
 
     async def completions(self, request: Request, asked: CompletionRequest) -> Response:
-        self._kit.host.check_name(asked.model)
+        client = self._client(request, asked)
         ids = [await prompt_ids(self._kit, prompt) for prompt in asked.prompts]
-        reply = Completions(self._kit, asked, ids, _client(request, asked.user))
+        reply = Completions(self._kit, asked, ids, client)
         return await self._answer(request, reply, asked.stream)
 
     async def responses(self, request: Request, asked: ResponsesRequest) -> Response:
-        self._kit.host.check_name(asked.model)
+        client = self._client(request, asked)
         prompt = await self._kit.rendering.chat(messages(asked), answer=answer_format(asked))
-        reply = Responses(self._kit, asked, prompt, _client(request, asked.user))
+        reply = Responses(self._kit, asked, prompt, client)
         return await self._answer(request, reply, asked.stream)
 
     async def _answer(self, request: Request, reply: Reply, streamed: bool | None) -> Response:
@@ -68,8 +70,13 @@ class Handlers:
             return Response(status_code=499)  # nobody is there to read it
         return Response(whole.model_dump_json(exclude_unset=True, by_alias=True), media_type="application/json")
 
-
-def _client(request: Request, user: str | None) -> str:
-    """Whose turn it is: an address, or one of its users."""
-    host = request.client.host if request.client else ""
-    return f"{host} {user}" if user else host
+    def _client(self, request: Request, asked: ChatRequest | CompletionRequest | ResponsesRequest) -> str:
+        """Whose turn it is: an address, or one of its users. Who cannot be answered now hears so before any work."""
+        self._kit.host.check_name(asked.model)
+        host = request.client.host if request.client else ""
+        client = f"{host} {asked.user}" if asked.user else host
+        try:
+            self._kit.service.refuse_full(client)
+        except Busy as busy:
+            raise of_busy(busy) from busy
+        return client
