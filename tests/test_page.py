@@ -315,6 +315,7 @@ def test_a_reload_keeps_conversations_and_what_was_streaming(site: Site, script:
     until(lambda: script.left == 1)
     script.hold.clear()
     page.get_by_role("button", name="Retry").click()
+    page.wait_for_function("() => [...document.querySelectorAll('.turn')].at(-1).dataset.state === 'done'")
     assert answered(page, 2) == "Hello there."
     page.get_by_role("button", name="Delete One").click()
     assert page.locator("#chat-list li").count() == 0 and page.locator(".turn").count() == 0
@@ -367,6 +368,7 @@ def test_a_server_that_goes_and_comes_back(site: Site, script: Script) -> None:
     site.start()
     page.wait_for_selector("#status[data-state=ready]")
     page.get_by_role("button", name="Retry").click()
+    page.wait_for_function("() => [...document.querySelectorAll('.turn')].at(-1).dataset.state === 'done'")
     assert answered(page, 2) == "Hello there."
     assert script.asked[-1]["model"] == "another"
 
@@ -455,6 +457,7 @@ def test_without_a_network_the_page_says_so_and_recovers(site: Site, script: Scr
     assert page.locator(".turn").count() == 4  # what was said is still to be read
     site.context.set_offline(False)
     page.get_by_role("button", name="Retry").click()
+    page.wait_for_function("() => [...document.querySelectorAll('.turn')].at(-1).dataset.state === 'done'")
     assert answered(page, 2) == "Hello there."
     assert len(script.asked) == 2
 
