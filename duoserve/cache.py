@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -47,6 +47,16 @@ class Slot:
 
     def __repr__(self) -> str:
         return f"Slot({self.index}, {self.key}, pins={self.pins})"
+
+
+class View(NamedTuple):
+    """All experts at one moment, flat: layer after layer. `heat`: 1 where every recent token of its layer chose it, 0 where
+    none did, and where that is not counted; `turn`: the layer whose router spoke last."""
+
+    resident: np.ndarray  # or on its way
+    pinned: np.ndarray
+    heat: np.ndarray
+    turn: int
 
 
 class ExpertCache:
@@ -91,6 +101,17 @@ class ExpertCache:
         """The experts of a layer that sit in no slot."""
         first, end = self._first[layer], self._first[layer + 1]
         return [Key(layer, int(e)) for e in np.flatnonzero(self._slot[first:end] < 0)]
+
+    def view(self) -> View:
+        """What it holds and how often each was wanted, to be looked at."""
+        resident = self._slot >= 0
+        if self._keep is Keep.WORTH:
+            heat = self._worth * (1 - DECAY)
+        elif self._keep is Keep.RECENT:
+            heat = np.where(self._worth > 0, DECAY ** ((self._turns - self._worth) / self._layers), 0.0)
+        else:  # worth is what others foresee
+            heat = np.zeros(len(resident))
+        return View(resident, resident & (self._shut > 0), heat, self._turn)
 
     def turn(self, layer: int, rows: int, chosen: Mapping[int, int]) -> None:
         """A layer's router has spoken for `rows` tokens: `chosen` is how many of them each expert got."""

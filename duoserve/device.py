@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -47,6 +47,7 @@ from duoserve.timeline import (
 
 PAGE = 4096  # direct reads want addresses, offsets and lengths in multiples of this
 PIN_CHUNK = 256 << 20  # bytes registered per call: one failing call must not cost the whole pool
+REMEMBERED = 32  # jobs of a lane that were done last
 _COMPUTED = Why(COMPUTE)
 _TRACKS = {  # of a worker's jobs by stream and lane
     "copy": {Lane.DEMAND: DEMAND, Lane.AHEAD: AHEAD},
@@ -110,7 +111,7 @@ def _happened() -> Event:
 DONE = _happened()  # what holds before anything was submitted
 
 
-@dataclass
+@dataclass(eq=False)
 class _Job:
     fn: Callable[[], Any]
     after: tuple[Event, ...]
@@ -133,6 +134,15 @@ class _Job:
             self.held_by = next((event for event in (*self.behind, *self.after) if not event.issued), None)
             if self.held_by in self.behind and self.event.why.said == DEMAND:
                 self.event.why.said = SLOT
+
+
+class Traffic(NamedTuple):
+    """Of one lane: whose work waits, is under way, and was done last (oldest first) of `done` in all."""
+
+    waiting: list[Key]
+    running: list[Key]
+    last: list[Key]
+    done: int
 
 
 class InlineStream:
@@ -211,7 +221,9 @@ class WorkerStream:
         self._in_order = in_order
         self._closed = False
         self._cuda = torch.cuda.Stream() if cuda else None
-        self._active = 0
+        self._running: list[_Job] = []
+        self._last: dict[Lane, deque[Key]] = {lane: deque(maxlen=REMEMBERED) for lane in Lane}
+        self._done = dict.fromkeys(Lane, 0)
         self._busy_since = 0.0
         self.busy_s = 0.0  # seconds with at least one job running
         self.cost_done: float = 0
@@ -276,6 +288,16 @@ class WorkerStream:
                 self._lanes[Lane.DEMAND].append(job)
                 job.lane = Lane.DEMAND
 
+    def traffic(self) -> dict[Lane, Traffic]:
+        """What moves just now, by lane."""
+        with self._board:
+            return {lane: self._traffic(lane) for lane in Lane}
+
+    def _traffic(self, lane: Lane) -> Traffic:
+        waiting = [job.what for job in self._lanes[lane] if job.what is not None]
+        running = [job.what for job in self._running if job.lane is lane and job.what is not None]
+        return Traffic(waiting, running, list(self._last[lane]), self._done[lane])
+
     def close(self) -> None:
         """Finish what is queued, then end the threads."""
         with self._board:
@@ -294,7 +316,7 @@ class WorkerStream:
                     for job in list(queue)[: 1 if self._in_order else None]:
                         if job.can_start:
                             queue.remove(job)
-                            self._enter()
+                            self._enter(job)
                             return job
                         job.hold()
                 if self._closed and not any(self._lanes.values()):
@@ -326,7 +348,7 @@ class WorkerStream:
                 layer, expert = job.what or (NONE, NONE)
                 timeline.add(self._track(number, job), self._kind(job), layer, expert, began, ended, job.event.why)
             with self._board:
-                self._leave(job.cost)
+                self._leave(job)
                 job.event.set(mark, error)
                 if self._shared or any(self._lanes.values()):  # what waited for this one may start
                     self._wake()
@@ -363,16 +385,19 @@ class WorkerStream:
             self._free_at = max(self._free_at, time.perf_counter()) + cost / self._rate
             return self._free_at
 
-    def _enter(self) -> None:
-        if self._active == 0:
+    def _enter(self, job: _Job) -> None:
+        if not self._running:
             self._busy_since = time.perf_counter()
-        self._active += 1
+        self._running.append(job)
 
-    def _leave(self, cost: float) -> None:
-        self._active -= 1
-        self.cost_done += cost
-        if self._active == 0:
+    def _leave(self, job: _Job) -> None:
+        self._running.remove(job)
+        self.cost_done += job.cost
+        if not self._running:
             self.busy_s += time.perf_counter() - self._busy_since
+        if job.what is not None:
+            self._done[job.lane] += 1
+            self._last[job.lane].append(job.what)
 
 
 def host_arena(n_bytes: int) -> torch.Tensor:

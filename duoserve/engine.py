@@ -182,6 +182,7 @@ class Engine:
         self._turn = threading.Lock()
         self._finalizer = weakref.finalize(self, _release, device, store)
         self._last: Answer | None = None
+        self._trunk_bytes = trunk_bytes(self.model)  # it does not grow
 
     def generate(
         self,
@@ -318,7 +319,7 @@ class Engine:
         counts = self.runtime.transfer.counts()
         copy, last = self.device.copy, self._last
         used = {
-            "trunk_bytes": trunk_bytes(self.model),
+            "trunk_bytes": self._trunk_bytes,
             "predictor_bytes": self.runtime.ahead.n_bytes,
             "scratch_bytes": self.plan.scratch_bytes,
             "kv_bytes": self._watch.kv_peak_bytes,

@@ -131,6 +131,11 @@ class Runtime:
         return self._thread.stalls
 
     @property
+    def running(self) -> Step | None:
+        """The pass that runs just now."""
+        return self._step
+
+    @property
     def learns(self) -> bool:
         """Whether anybody wants to see Steps with their tokens and routes."""
         return bool(self.observers) or self.ahead.predictor is not None

@@ -124,6 +124,11 @@ class Ticket:
         """Tokens that its keys and values may come to."""
         return len(self.request.ids) + self.room
 
+    @property
+    def read(self) -> int:
+        """Tokens of the prompt that the model has read."""
+        return min(len(self.request.ids), int(self.job.read)) if self.job is not None else 0
+
     def tell(self, event: Event) -> None:
         if not self.over:
             self.over = isinstance(event, End)
@@ -186,6 +191,11 @@ class Service:
     @property
     def active(self) -> int:
         return len(self._active)
+
+    def reading(self) -> list[tuple[int, int]]:
+        """Of each request whose first token is to come: tokens of its prompt that were read, and all of them."""
+        with self._lock:
+            return [(t.read, len(t.request.ids)) for t in self._active if t.first is None]
 
     def drain(self, timeout_s: float) -> bool:
         """Take no more requests; wait for those under way, and end what is left with "cancelled". Whether none was."""

@@ -31,6 +31,8 @@ class Job:
         self.coroutine: greenlet.greenlet | None = None
         self.arrival: Arrival | None = None
         self.step: Step | None = None
+        self.read = 0.0  # rows that have come through the model, of the running pass by its layers
+        self.before = 0.0  # rows of the passes before
 
     @property
     def started(self) -> bool:
@@ -85,6 +87,7 @@ class Together:
     def begin(self, step: Step) -> None:
         assert self._running is not None
         self._running.step = step
+        self._running.before = self._running.read
 
     def enter(self, layer: int, x_TD: torch.Tensor) -> None:
         """The layer's attention is about to read this job's rows; once all have come so far, predictors may look.
@@ -98,12 +101,17 @@ class Together:
 
     def meet(self, arrival: Arrival) -> torch.Tensor:
         """Wait for the others; y_TD of this job's rows."""
+        job = self._running
+        assert job is not None and job.step is not None, arrival.layer
+        job.read = job.before + job.step.rows * arrival.layer / self._layers
         y_TD: torch.Tensor = self._hub.switch(arrival)
         return y_TD
 
     def finish(self) -> int:
-        assert self._running is not None and self._running.step is not None
-        return self._running.step.rows
+        job = self._running
+        assert job is not None and job.step is not None
+        job.read = job.before + job.step.rows
+        return job.step.rows
 
     # The hub's
 

@@ -191,6 +191,11 @@ class Transfer:
                     began += 1
         return began, withdrawn
 
+    @property
+    def guessed(self) -> list[Key]:
+        """Guesses about layers whose router has not spoken."""
+        return list(self._guessed)
+
     def read_ahead(self, keys: list[Key]) -> None:
         """Bring slabs from the disk to host memory, where there are such tiers; they take no slot."""
         if self.host is not None:

@@ -283,18 +283,21 @@ def test_an_overlong_prompt_is_refused_with_both_numbers_and_early(server: Runni
 # Keys and strangers
 
 KEY = "a-key-of-some-length"
+SCRIPTS = ("app", "markdown", "picture", "server", "store")
 
 
 def test_every_route_but_health_and_assets_wants_the_key(engine: Any) -> None:
     with running(engine, door=Door(key=KEY, open_paths=frozenset({"/health"}))) as server:
         paths = {route.path: min(route.methods) for route in server.app.routes}  # GET before HEAD
         assert {CHAT, COMPLETIONS, RESPONSES, "/v1/models", "/metrics", "/health", "/openapi.json"} <= set(paths)
+        opened = {"/health", "/", "/icon.svg", "/style.css", *(f"/{name}.js" for name in SCRIPTS)}
+        assert opened <= set(paths)
         wrong = [{}, {"authorization": "Bearer wrong"}, {"authorization": KEY}, {"x_api_key": KEY[:-1]},
                  {"x_api_key": KEY + "x"}, {"authorization": f"Basic {KEY}"}, {"x_api_key": ""}]  # fmt: skip
         right = [{"authorization": f"Bearer {KEY}"}, {"x_api_key": KEY}, {"authorization": f"bearer {KEY}"}]
         for path, method in [*paths.items(), ("/nowhere", "GET"), ("/Health", "GET"), ("/health/", "GET")]:
             body = ASKED.get(path, {}) if method == "POST" else None
-            if path == "/health":
+            if path in opened:
                 assert server.ask(path).status == 200
                 continue
             for headers in wrong:

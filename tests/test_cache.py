@@ -7,7 +7,7 @@ from collections import OrderedDict
 
 import pytest
 
-from duoserve.cache import DECAY, TIE, ExpertCache, Slot
+from duoserve.cache import DECAY, TIE, ExpertCache, Keep, Slot
 from duoserve.core import Key
 
 
@@ -138,3 +138,21 @@ def test_random_histories_agree_with_a_plain_model(seed: int) -> None:
         want(cache, layer, *wanted)
         assert set(cache.keys()) == held
     cache.check()
+
+
+@pytest.mark.parametrize("keep", [Keep.WORTH, Keep.RECENT])
+def test_a_view_says_what_is_here_pinned_and_wanted(keep: Keep) -> None:
+    cache = ExpertCache(4, [3, 5], keep)
+    for _ in range(40):
+        want(cache, 0, 1)
+        want(cache, 1, 2)
+    want(cache, 1, 4)
+    pinned = cache.lookup(Key(1, 2))
+    assert pinned is not None
+    cache.pin(pinned)
+    view = cache.view()
+    assert view.resident.nonzero()[0].tolist() == [1, 5, 7] and view.pinned.nonzero()[0].tolist() == [5]
+    assert view.turn == 1 and view.heat[[0, 2, 3]].tolist() == [0, 0, 0]
+    assert view.heat[1] > 0.85 and 0.8 < view.heat[5] < 1 and 0 < view.heat[7] <= 1
+    cache.unpin(pinned)
+    assert not cache.view().pinned.any()

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from duoserve.core import Lane
-from duoserve.device import DONE, Event, ThreadDevice, WorkerStream, host_arena
+from duoserve.core import Key, Lane
+from duoserve.device import DONE, Event, ThreadDevice, Traffic, WorkerStream, host_arena
 from duoserve.system import available_ram, use_threads
 
 
@@ -55,6 +55,33 @@ def test_a_promoted_guess_is_a_need_and_a_cancelled_one_is_nothing(stream: Worke
     assert order == [3, 0, 2] and guesses[1].done
 
 
+def test_a_lane_tells_whose_work_waits_runs_and_is_done(stream: WorkerStream) -> None:
+    first, second, guess, hurried = (Key(0, e) for e in range(4))
+    started, gate = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        started.set()
+        gate.wait(10)
+
+    stream.submit(wait, what=first)
+    assert started.wait(10)
+    events = [
+        stream.submit(lambda: None, what=second),
+        stream.submit(lambda: None, lane=Lane.AHEAD, what=guess),
+        stream.submit(lambda: None, lane=Lane.AHEAD, what=hurried),
+    ]
+    stream.promote(events[2])
+    seen = stream.traffic()
+    assert seen[Lane.DEMAND] == Traffic([second, hurried], [first], [], 0)
+    assert seen[Lane.AHEAD] == Traffic([guess], [], [], 0)
+    gate.set()
+    for event in events:
+        event.wait()
+    seen = stream.traffic()
+    assert seen[Lane.DEMAND] == Traffic([], [], [first, second, hurried], 3)
+    assert seen[Lane.AHEAD] == Traffic([], [], [guess], 1)
+
+
 @pytest.mark.parametrize("how", ["after", "behind"])
 def test_work_waits_for_other_streams(stream: WorkerStream, how: str) -> None:
     other = WorkerStream("other", board=stream._board)
@@ -88,7 +115,7 @@ def test_busy_seconds_count_overlapping_work_once() -> None:
     for event in [stream.submit(lambda: gates.wait(10), cost=5) for _ in range(2)]:
         event.wait()
     stream.close()
-    assert stream.cost_done == 10 and stream.busy_s > 0 and stream._active == 0
+    assert stream.cost_done == 10 and stream.busy_s > 0 and not stream._running
 
 
 def test_a_closed_stream_refuses_work() -> None:

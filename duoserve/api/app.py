@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import FastAPI, Request
@@ -15,7 +16,9 @@ from starlette.exceptions import HTTPException
 from duoserve.api.errors import ApiError, of_refusal
 from duoserve.api.host import Host
 from duoserve.api.limits import Door, Guard
+from duoserve.api.live import snapshot
 from duoserve.api.metrics import Counted, Metrics
+from duoserve.api.page import add_page
 from duoserve.api.schema import ChatRequest, CompletionRequest, ResponsesRequest, Strict, read
 from duoserve.api.stream import STALL_S
 from duoserve.core import Refusal
@@ -69,6 +72,10 @@ class Api:
         found = self.host.health()
         return JSONResponse(found, 200 if found["ready"] else 503)
 
+    async def expert_cache(self) -> Response:
+        model = self.host.model
+        return JSONResponse(await asyncio.to_thread(snapshot, model.engine, model.service))
+
     async def figures(self) -> Response:
         return PlainTextResponse(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
@@ -96,11 +103,14 @@ def make_app(host: Host, door: Door | None = None, *, stall_s: float = STALL_S) 
         ("/v1/models/{name:path}", api.one_model),
         ("/health", api.health),
         ("/metrics", api.figures),
+        ("/v1/expert-cache", api.expert_cache),
     ):
         app.add_api_route(path, get, methods=["GET"], response_class=JSONResponse, response_model=None)
     _errors(app, api.metrics)
+    door = door or Door()
+    door = replace(door, open_paths=door.open_paths | add_page(app))
     routes = frozenset(str(getattr(route, "path", "")) for route in app.routes)
-    app.add_middleware(Guard, door=door or Door(), metrics=api.metrics)
+    app.add_middleware(Guard, door=door, metrics=api.metrics)
     app.add_middleware(Counted, metrics=api.metrics, routes=routes)
     return app
 

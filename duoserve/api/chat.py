@@ -81,7 +81,7 @@ class Chat:
 
     def _choice(self, index: int, end: End) -> Choice:
         told = self._told[index]
-        told.end()
+        told.end(end)
         logprobs = None
         if self._asked.logprobs:
             logprobs = ChoiceLogprobs(content=self._kit.tokens.chat(told.logprobs), refusal=None)
@@ -108,7 +108,7 @@ class Chat:
                     yield error_event(of_failure(what.error))
                     return
                 ends.append(what)
-                for delta in told.end():
+                for delta in told.end(what):
                     yield self._chunk(index, delta)
                 yield self._chunk(index, ChoiceDelta(), told.finish(what))
         if self._asked.usage_streamed:
@@ -148,8 +148,9 @@ class _Told:
         self.logprobs += piece.logprobs
         return [self._noted(delta) for delta in self._parser.put(piece.text)]
 
-    def end(self) -> list[ChoiceDelta]:
-        return [self._noted(delta) for delta in self._parser.end()]
+    def end(self, how: End) -> list[ChoiceDelta]:
+        """What was held back; a marker cut off by the length is none of it."""
+        return [self._noted(delta) for delta in self._parser.end(how.finish)]
 
     def finish(self, end: End) -> Finish:
         return cast(Finish, self._parser.finish(end.finish))

@@ -1,0 +1,688 @@
+// The page: which conversation is shown, what is asked, what keys do. Storage is store.js, HTTP server.js, text markdown.js,
+// the engine's picture picture.js.
+
+import { render } from "./markdown.js";
+import * as picture from "./picture.js";
+import * as server from "./server.js";
+import * as store from "./store.js";
+
+const IDEAS = ["What is a list?", "How do I undo a commit in Git?", "Explain what an index does.", "Show a loop in Python."];
+const SAVE_MS = 400; // between writes of a growing answer
+const SAY_MS = 1500; // between sentences read out
+const LATE_MS = 500; // for what another tab wrote or let go of to be seen here
+const ELSEWHERE = "Another tab is answering in this conversation: wait for it, or start a new one here.";
+const LOOK_MS = { busy: 200, idle: 1500, hidden: 5000 };
+const at = (id) => document.getElementById(id);
+
+let chat = store.newChat(); // the one that is shown
+const running = new Map(); // conversation id -> Answer, in this tab
+let look = null; // the last of the engine
+let leaving = false; // the page is being closed or loaded again, which breaks its requests
+let removed = null; // for Undo
+
+// Turns
+
+function paint() {
+  const list = at("turns");
+  at("empty").hidden = chat.turns.length > 0;
+  chat.turns.forEach((turn, n) => paintTurn(list.children[n] ?? list.appendChild(newTurn()), turn, n === chat.turns.length - 1));
+  while (list.childElementCount > chat.turns.length) list.lastElementChild.remove();
+  const busy = running.has(chat.id);
+  at("stop").hidden = !busy;
+  at("send").hidden = busy;
+  document.title = chat.title ? `${chat.title} – DuoServe` : "DuoServe";
+  follow();
+}
+
+function newTurn() {
+  const line = document.createElement("li");
+  line.className = "turn";
+  for (const [tag, name] of [["h3", "who"], ["div", "body"], ["p", "note"], ["div", "actions"]]) {
+    line.appendChild(document.createElement(tag)).className = name;
+  }
+  return line;
+}
+
+function paintTurn(line, turn, isLast) {
+  line.dataset.role = turn.role;
+  line.dataset.state = turn.state ?? "";
+  line.querySelector(".who").textContent = turn.role === "user" ? "You" : "Model";
+  const body = line.querySelector(".body");
+  body.setAttribute("aria-busy", String(turn.state === "streaming"));
+  if (turn.role === "user") body.textContent = turn.text;
+  else render(body, turn.text);
+  line.querySelector(".note").textContent = noteOf(turn);
+  paintActions(line.querySelector(".actions"), turn, isLast);
+}
+
+function noteOf(turn) {
+  if (turn.state === "streaming") return turn.text ? "" : (running.get(chat.id)?.waiting() ?? "Another tab is answering.");
+  if (turn.state === "stopped") return "Stopped.";
+  if (turn.state === "broken") return turn.problem || "Interrupted. Press Retry.";
+  if (turn.finish === "length") return "Cut off: the most tokens that were asked for, or that fit.";
+  return turn.role === "assistant" && !turn.text ? "The model ended without a word." : "";
+}
+
+function paintActions(box, turn, isLast) {
+  const wanted = turn.role === "user" || turn.state === "streaming" ? [] : [...(turn.text ? ["Copy"] : []), ...(isLast ? ["Retry"] : [])];
+  if (wanted.join() === [...box.children].map((one) => one.textContent).join()) return;
+  box.replaceChildren(...wanted.map((name) => {
+    const button = document.createElement("button");
+    button.type = "button";
+    button.className = "text";
+    button.textContent = name;
+    button.addEventListener("click", () => (name === "Copy" ? copy(turn.text) : retry()));
+    return button;
+  }));
+}
+
+async function copy(text) {
+  try {
+    await navigator.clipboard.writeText(text);
+    toast("Copied.");
+  } catch {
+    toast("The browser did not let us copy; select the text instead.");
+  }
+}
+
+// Stay at the end while the reader is there; leave them alone where they scrolled up.
+let atEnd = true;
+
+function follow() {
+  const box = at("scroll");
+  if (atEnd) box.scrollTop = box.scrollHeight;
+  at("latest").hidden = atEnd || chat.turns.length === 0;
+}
+
+// Answers
+
+// One answer on its way into `turn`, the last of its conversation.
+class Answer {
+  constructor(asked) {
+    this.chat = asked;
+    this.turn = { role: "assistant", text: "", state: "streaming" };
+    this.abort = new AbortController();
+    this.began = performance.now();
+    this.first = this.latest = null;
+    this.pieces = 0;
+    this.progress = null;
+    this.keeping = 0; // the timer of a write
+    this.said = 0;
+    this.spoken = 0; // characters read out
+    this.due = 0; // a paint that was asked for
+  }
+
+  async run() {
+    const asked = messages(this.chat.turns);
+    this.chat.turns.push(this.turn);
+    this.keep();
+    this.paint();
+    try {
+      const body = { model: await modelName(), messages: asked, ...options() };
+      for await (const said of server.answer(body, this.abort.signal)) this.hear(said);
+      this.turn.state = "done";
+    } catch (error) {
+      this.fail(error);
+    }
+    this.measure();
+    this.sayRest();
+    if (!leaving) this.keep(); // while no other tab may take the conversation for abandoned
+  }
+
+  hear({ text, progress, finish, usage }) {
+    if (text !== undefined) {
+      this.latest = performance.now();
+      this.first ??= this.latest;
+      this.pieces += 1;
+      this.turn.text += text;
+    }
+    if (progress !== undefined) this.progress = progress;
+    if (finish !== undefined) this.turn.finish = finish;
+    if (usage !== undefined) this.usage = usage;
+    this.keeping ||= setTimeout(() => this.keep(), SAVE_MS);
+    this.measure();
+    this.say();
+    this.paint();
+  }
+
+  fail(error) {
+    if (leaving) return; // what the next page makes of it: interrupted
+    if (error.name === "AbortError") {
+      this.turn.state = "stopped";
+      return;
+    }
+    this.turn.state = "broken";
+    this.turn.problem = error instanceof server.Problem ? error.message : `The page failed (${error.message}). Press Retry.`;
+    if (error.status === 401) askKey(() => chat.id === this.chat.id && retry());
+    say(this.turn.problem);
+  }
+
+  // What to say before there is text: a prompt may take long.
+  waiting() {
+    const { total, processed } = this.progress ?? {};
+    if (total) return `Reading the prompt: ${processed} of ${total} tokens.`;
+    if (look?.requests.queued) return `Waiting for a place: ${look.requests.queued} in the queue.`;
+    const reading = look?.requests.reading ?? [];
+    const [read, all] = [0, 1].map((n) => reading.reduce((sum, one) => sum + one[n], 0));
+    if (all) return `Reading ${reading.length > 1 ? `${reading.length} prompts` : "the prompt"}: ${read} of ${all} tokens.`;
+    return "Waiting for the first token.";
+  }
+
+  measure() {
+    const tokens = this.usage?.completion_tokens ?? this.pieces;
+    if (this.first === null) return;
+    const seconds = (this.latest - this.first) / 1000;
+    this.turn.figures = {
+      ttft: (this.first - this.began) / 1000,
+      rate: tokens > 1 && seconds > 0 ? (tokens - 1) / seconds : null,
+      tokens,
+      prompt: this.usage?.prompt_tokens ?? null,
+    };
+  }
+
+  keep() {
+    clearTimeout(this.keeping);
+    this.keeping = 0;
+    if (!store.save(this.chat)) problem("The browser's storage is full: delete a conversation, this one is not kept.");
+  }
+
+  paint() {
+    if (this.due || chat.id !== this.chat.id) return;
+    this.due = requestAnimationFrame(() => {
+      this.due = 0;
+      if (chat.id !== this.chat.id) return;
+      paint();
+      showFigures();
+    });
+  }
+
+  // Whole sentences for those who listen, not every token.
+  say() {
+    if (performance.now() - this.said < SAY_MS) return;
+    const rest = this.turn.text.slice(this.spoken);
+    const end = Math.max(rest.lastIndexOf(". "), rest.lastIndexOf("\n")) + 1;
+    if (end > 0) this.speak(end);
+  }
+
+  sayRest() {
+    this.speak(this.turn.text.length - this.spoken);
+  }
+
+  speak(n) {
+    this.said = performance.now();
+    if (chat.id === this.chat.id && n > 0) say(this.turn.text.slice(this.spoken, this.spoken + n));
+    this.spoken += n;
+  }
+}
+
+// What the model is to read: turns that were answered, and the last question. One that nothing was said to would put two
+// questions in a row, which many templates refuse.
+function messages(turns) {
+  const found = [];
+  turns.forEach((turn, n) => {
+    const answer = turns[n + 1];
+    if (turn.role === "user" && (!answer || answer.text)) {
+      found.push({ role: "user", content: turn.text });
+      if (answer?.text) found.push({ role: "assistant", content: answer.text });
+    }
+  });
+  const system = store.settings().system;
+  return system ? [{ role: "system", content: system }, ...found] : found;
+}
+
+function options() {
+  const { temperature, maxTokens } = store.settings();
+  return { ...(temperature != null ? { temperature } : {}), ...(maxTokens != null ? { max_tokens: maxTokens } : {}) };
+}
+
+let model = null;
+
+async function modelName() {
+  if (model !== null) return model;
+  try {
+    model = (await server.models())[0] ?? null;
+    at("model").textContent = at("model").title = model ?? "";
+  } catch {
+    return "default"; // what is wrong is said by the request itself
+  }
+  return model ?? "default";
+}
+
+// One tab at a time answers in a conversation.
+async function answer() {
+  const asked = chat;
+  if (running.has(asked.id)) return;
+  const task = new Answer(asked);
+  running.set(asked.id, task);
+  atEnd = true;
+  try {
+    await alone(asked.id, () => task.run());
+  } finally {
+    if (running.get(asked.id) === task) running.delete(asked.id);
+    if (chat.id === asked.id) {
+      paint();
+      showFigures();
+    }
+    paintChats();
+    hurryLook();
+  }
+}
+
+const lockOf = (id) => `duoserve.answer.${id}`;
+
+// Without locks (a page that is neither local nor encrypted) tabs are on their own.
+async function alone(id, work) {
+  if (!navigator.locks) return work();
+  let ours = false;
+  try {
+    await navigator.locks.request(lockOf(id), { signal: AbortSignal.timeout(LATE_MS) }, () => {
+      ours = true;
+      return work();
+    });
+  } catch (error) {
+    if (ours) throw error;
+    problem(ELSEWHERE);
+  }
+}
+
+async function answeredElsewhere(id) {
+  if (!navigator.locks) return false;
+  const { held } = await navigator.locks.query();
+  return held.some((lock) => lock.name === lockOf(id)) && !running.has(id);
+}
+
+async function send(text) {
+  text = text.trim();
+  if (!text || running.has(chat.id)) return;
+  if (await answeredElsewhere(chat.id)) return problem(ELSEWHERE);
+  problem("");
+  chat.turns.push({ role: "user", text });
+  at("question").value = "";
+  grow();
+  store.save(chat);
+  paintChats();
+  await answer();
+}
+
+async function retry() {
+  if (running.has(chat.id) || !chat.turns.length || (await answeredElsewhere(chat.id))) return;
+  problem("");
+  if (chat.turns.at(-1).role === "assistant") chat.turns.pop();
+  await answer();
+}
+
+function stop() {
+  running.get(chat.id)?.abort.abort();
+}
+
+// Conversations
+
+function paintChats() {
+  const known = store.chats();
+  at("chat-list").replaceChildren(...known.map((one) => {
+    const line = document.createElement("li");
+    const open = line.appendChild(document.createElement("button"));
+    open.type = "button";
+    open.className = "open";
+    open.textContent = one.title || "Untitled";
+    open.dataset.id = one.id;
+    if (one.id === chat.id) open.setAttribute("aria-current", "true");
+    if (running.has(one.id)) open.dataset.busy = "true";
+    const drop = line.appendChild(document.createElement("button"));
+    drop.type = "button";
+    drop.className = "drop";
+    drop.setAttribute("aria-label", `Delete ${one.title || "Untitled"}`);
+    drop.title = "Delete";
+    drop.textContent = "×";
+    open.addEventListener("click", () => show(one.id, true));
+    drop.addEventListener("click", () => removeChat(one));
+    return line;
+  }));
+}
+
+async function show(id, focus = false) {
+  chat = running.get(id)?.chat ?? store.load(id) ?? store.newChat();
+  sessionStorage.setItem("duoserve.shown", chat.id);
+  atEnd = true;
+  problem("");
+  document.body.classList.remove("chats-open");
+  paint();
+  paintChats();
+  showFigures();
+  if (focus) at("question").focus();
+  await settle();
+}
+
+// An answer that nobody is writing any more was interrupted: by a reload, or a closed tab.
+async function settle() {
+  const { id } = chat;
+  const streams = () => chat.id === id && chat.turns.at(-1)?.state === "streaming" && !running.has(id);
+  if (!streams()) return;
+  if (await answeredElsewhere(id)) return void whenFree(id);
+  await new Promise((done) => setTimeout(done, LATE_MS)); // its last words may be on their way from tab to tab
+  if (!streams()) return;
+  chat = store.load(id) ?? chat;
+  if (streams()) {
+    const turn = chat.turns.at(-1);
+    turn.state = "broken";
+    turn.problem = "Interrupted: the page was closed or loaded again. Press Retry.";
+    store.save(chat);
+  }
+  paint();
+  showFigures();
+}
+
+// The tab that answers has ended it, or was closed while it did.
+const watched = new Set();
+
+async function whenFree(id) {
+  if (watched.has(id)) return;
+  watched.add(id);
+  await navigator.locks.request(lockOf(id), { mode: "shared" }, () => {});
+  watched.delete(id);
+  if (chat.id === id) await settle();
+}
+
+function fresh() {
+  chat = store.newChat();
+  sessionStorage.removeItem("duoserve.shown");
+  document.body.classList.remove("chats-open");
+  problem("");
+  paint();
+  paintChats();
+  showFigures();
+  at("question").focus();
+}
+
+function removeChat(one) {
+  running.get(one.id)?.abort.abort();
+  removed = store.load(one.id);
+  const drop = () => {
+    store.remove(one.id);
+    paintChats();
+  };
+  drop();
+  const task = running.get(one.id);
+  if (task) task.keep = () => {}; // what it still writes would bring the conversation back
+  if (one.id === chat.id) fresh();
+  toast("Deleted.", () => {
+    if (removed) store.save(removed);
+    removed = null;
+    paintChats();
+  });
+}
+
+function step(by) {
+  const known = store.chats();
+  if (!known.length) return;
+  const here = known.findIndex((one) => one.id === chat.id);
+  const next = here < 0 ? 0 : Math.max(0, Math.min(known.length - 1, here + by));
+  show(known[next].id, true);
+}
+
+// Messages to the reader
+
+function problem(text) {
+  at("problem").textContent = text;
+  at("problem").hidden = !text;
+}
+
+function say(text) {
+  at("said").textContent = text;
+}
+
+let toastTimer = 0;
+
+function toast(text, undo = null) {
+  at("toast-text").textContent = text;
+  at("toast-undo").hidden = undo === null;
+  at("toast-undo").onclick = () => {
+    undo();
+    at("toast").hidden = true;
+  };
+  at("toast").hidden = false;
+  clearTimeout(toastTimer);
+  toastTimer = setTimeout(() => (at("toast").hidden = true), undo ? 8000 : 2500);
+}
+
+function showFigures() {
+  const figures = chat.turns.findLast((turn) => turn.figures)?.figures;
+  at("ttft").textContent = figures ? `${figures.ttft.toFixed(2)} s` : "–";
+  at("rate").textContent = figures?.rate ? figures.rate.toFixed(1) : "–";
+  at("tokens").textContent = figures ? [figures.prompt, figures.tokens].filter((n) => n !== null).join(" + ") : "–";
+}
+
+let afterKey = null;
+
+function askKey(then) {
+  afterKey = then ?? afterKey;
+  if (at("key").open) return;
+  at("key").showModal();
+  at("key-value").value = "";
+  at("key-value").focus();
+}
+
+// The engine
+
+let lookTimer = 0;
+let looking = false;
+
+async function lookAgain() {
+  clearTimeout(lookTimer);
+  if (looking) return;
+  looking = true;
+  try {
+    look = await server.snapshot();
+    look.at = performance.now();
+    status("ready", look.requests.active ? "answering" : "ready");
+    if (model === null) await modelName();
+    if (panelShown()) picture.show(look);
+    const task = running.get(chat.id);
+    if (task && !task.turn.text) task.paint();
+  } catch (error) {
+    look = null;
+    await sayWhy(error);
+  } finally {
+    looking = false;
+    lookTimer = setTimeout(lookAgain, pace());
+  }
+}
+
+function pace() {
+  if (document.hidden) return LOOK_MS.hidden;
+  return look && (look.requests.active || running.size) && panelShown() ? LOOK_MS.busy : LOOK_MS.idle;
+}
+
+function hurryLook() {
+  if (!document.hidden) lookAgain();
+}
+
+async function sayWhy(error) {
+  if (error.status === 401) {
+    status("wait", "a key is needed");
+    store.forgetKey(); // it was not the right one
+    if (!sessionStorage.getItem("duoserve.later")) askKey(null);
+  } else if (error.code === "loading") {
+    const { progress } = await server.health().catch(() => ({}));
+    const share = progress?.share != null ? `, ${Math.round(100 * progress.share)} %` : "";
+    status("wait", `loading${share}`);
+  } else if (error.status === 0) {
+    model = null; // another server may answer next
+    status("away", "not reachable");
+  } else {
+    status("wait", error.message ?? "busy");
+  }
+}
+
+function status(state, text) {
+  const line = at("status");
+  line.dataset.state = state;
+  if (line.textContent !== text) line.textContent = text;
+}
+
+const narrow = matchMedia("(max-width: 1080px)");
+
+function panelShown() {
+  return narrow.matches ? document.body.classList.contains("panel-open") : !document.body.classList.contains("panel-shut");
+}
+
+function togglePanel() {
+  document.body.classList.toggle(narrow.matches ? "panel-open" : "panel-shut");
+  at("show-panel").setAttribute("aria-expanded", String(panelShown()));
+  hurryLook();
+}
+
+function toggleChats() {
+  const shown = document.body.classList.toggle("chats-open");
+  at("show-chats").setAttribute("aria-expanded", String(shown));
+  if (shown) at("new-chat").focus();
+}
+
+// Input
+
+function grow() {
+  const box = at("question");
+  box.style.height = "auto";
+  box.style.height = `${Math.min(box.scrollHeight + 2, 220)}px`;
+}
+
+function onKey(event) {
+  if (document.querySelector("dialog[open]")) return;
+  const typing = /^(TEXTAREA|INPUT)$/.test(event.target.tagName);
+  const alt = event.altKey && !event.ctrlKey && !event.metaKey;
+  const act = alt
+    ? { KeyN: fresh, KeyR: retry, KeyP: togglePanel, ArrowUp: () => step(-1), ArrowDown: () => step(1) }[event.code]
+    : { Escape: onEscape, "?": typing ? undefined : () => at("help").showModal() }[event.key];
+  if (!act) return;
+  event.preventDefault();
+  act();
+}
+
+function onEscape() {
+  if (running.has(chat.id)) stop();
+  document.body.classList.remove("chats-open");
+  if (narrow.matches && panelShown()) togglePanel();
+  at("question").focus();
+}
+
+function openSettings() {
+  const { system, temperature, maxTokens } = store.settings();
+  at("system").value = system ?? "";
+  at("temperature").value = temperature ?? "";
+  at("max-tokens").value = maxTokens ?? "";
+  at("settings").showModal();
+}
+
+function keepSettings() {
+  const number = (id, least, most) => {
+    const value = at(id).value === "" ? null : Number(at(id).value);
+    return value === null || !Number.isFinite(value) ? null : Math.min(most, Math.max(least, value));
+  };
+  const maxTokens = number("max-tokens", 1, 2 ** 31 - 1);
+  store.saveSettings({
+    system: at("system").value.trim(),
+    temperature: number("temperature", 0, 2),
+    maxTokens: maxTokens === null ? null : Math.round(maxTokens),
+  });
+}
+
+function listen() {
+  at("ask").addEventListener("submit", (event) => {
+    event.preventDefault();
+    send(at("question").value);
+  });
+  at("question").addEventListener("keydown", (event) => {
+    if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+    event.preventDefault();
+    send(at("question").value);
+  });
+  at("question").addEventListener("input", grow);
+  at("stop").addEventListener("click", () => {
+    stop();
+    at("question").focus();
+  });
+  at("new-chat").addEventListener("click", fresh);
+  at("show-chats").addEventListener("click", toggleChats);
+  at("show-panel").addEventListener("click", togglePanel);
+  at("show-settings").addEventListener("click", openSettings);
+  at("settings").addEventListener("close", keepSettings);
+  at("show-help").addEventListener("click", () => at("help").showModal());
+  at("key").addEventListener("close", () => {
+    const value = at("key-value").value.trim();
+    at("key-value").value = "";
+    if (!value) return sessionStorage.setItem("duoserve.later", "1"); // not to be asked at every look
+    sessionStorage.removeItem("duoserve.later");
+    store.saveKey(value);
+    hurryLook();
+    const then = afterKey;
+    afterKey = null;
+    return then?.();
+  });
+  at("key-later").addEventListener("click", () => {
+    at("key-value").value = "";
+    at("key").close();
+  });
+  at("turns").addEventListener("click", (event) => {
+    const box = event.target.closest(".copy-code")?.closest(".code");
+    if (box) copy(box.querySelector("pre").textContent);
+  });
+  at("scroll").addEventListener("scroll", () => {
+    const box = at("scroll");
+    atEnd = box.scrollHeight - box.scrollTop - box.clientHeight < 60;
+    at("latest").hidden = atEnd || chat.turns.length === 0;
+  }, { passive: true });
+  at("latest").addEventListener("click", () => {
+    atEnd = true;
+    follow();
+  });
+  at("map").addEventListener("pointermove", picture.point);
+  at("map").addEventListener("pointerleave", picture.leave);
+  at("map").addEventListener("blur", picture.leave);
+  at("map").addEventListener("keydown", (event) => {
+    if (!event.altKey && picture.walk(event.key)) event.preventDefault();
+  });
+  document.addEventListener("keydown", onKey);
+  document.addEventListener("visibilitychange", hurryLook);
+  window.addEventListener("online", hurryLook);
+  window.addEventListener("resize", picture.redraw);
+  window.addEventListener("pagehide", () => {
+    leaving = true;
+    running.forEach((task) => task.keep());
+  });
+  window.addEventListener("pageshow", () => (leaving = false));
+  window.addEventListener("storage", onStorage);
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", picture.redraw);
+}
+
+// Another tab wrote: show what it made of this conversation, unless this tab is answering in it.
+function onStorage(event) {
+  const id = store.chatOf(event);
+  if (event.key !== null && id === undefined) return;
+  paintChats();
+  if (running.has(chat.id) || (id !== undefined && id !== chat.id)) return;
+  const stored = store.load(chat.id);
+  if (stored) chat = stored;
+  else if (chat.turns.length) return fresh();
+  paint();
+  showFigures();
+  settle();
+}
+
+function begin() {
+  at("ideas").append(...IDEAS.map((idea) => {
+    const line = document.createElement("li");
+    const button = line.appendChild(document.createElement("button"));
+    button.type = "button";
+    button.textContent = idea;
+    button.addEventListener("click", () => send(idea));
+    return line;
+  }));
+  listen();
+  const shown = sessionStorage.getItem("duoserve.shown");
+  show(shown ?? store.chats()[0]?.id ?? "");
+  at("question").focus();
+  at("show-panel").setAttribute("aria-expanded", String(panelShown()));
+  lookAgain();
+}
+
+begin();
