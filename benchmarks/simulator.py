@@ -10,7 +10,7 @@ and forced, so that every row chooses the same; `duoserve` foresees them. A mach
     trunk, experts by rows, sums    spans of an engine that holds all experts
     hand-over of a copy             what scheduling takes longer where experts are missing (policy lru)
     company                         how much longer experts take while copies are under way
-    link                            single copies, and two at a time
+    link                            single copies, and two at a time; of the disk, those of an engine with policy lru
 
 Each cell: seconds of all measured passes, real and simulated, their ratio; by how much hits and bytes differ; and whether,
 with the run's own decisions repeated, they agree to the byte. A table, then one JSON line.
@@ -231,6 +231,8 @@ class Gauge:
         """What was sampled since the reset."""
         links = np.mean([(link.bytes_per_s, link.latency_s, link.alone or 0) for link in self._links], axis=0)
         link = Link(float(links[0]), float(links[1]), alone=float(links[2]) or None)
+        if self.rate is None:
+            link = self._disk(link)
         return Machine(self.rate, replace(link, **self._beside()), self._costs)
 
     def close(self) -> None:
@@ -244,6 +246,20 @@ class Gauge:
         seconds = forced.run(self._passes)
         runtime.record(None)
         return timeline.spans(), seconds, runtime.transfer.counts().misses - before
+
+    def _disk(self, idle: Link) -> Link:
+        """The disk as those copies found it: what is read often comes faster than what an idle link's test reads once."""
+        slab, alone, moved, busy = self._half.engine.store.slab_bytes, [], 0, 0.0
+        for spans, _ in self._missing:
+            copies = sorted((span for span in spans if span.kind == COPY), key=lambda span: span.start)
+            near = {n: copies[max(0, n - 4) : n + 5] for n in range(len(copies))}
+            crowd = [n for n, c in enumerate(copies) if any(_meet(c, other) for other in near[n])]
+            alone += [c.end - c.start for n, c in enumerate(copies) if n not in set(crowd)]
+            moved += slab * len(crowd)
+            busy += _covered(Span("", "", 0, 0, 0.0, float("inf"), ""), [copies[n] for n in crowd])
+        together = moved / busy if busy else idle.bytes_per_s
+        single = slab / statistics.median(alone) if alone else idle.alone or together
+        return replace(idle, bytes_per_s=together, alone=min(single, together))
 
     def _beside(self) -> dict[str, float]:
         """What copies cost those who compute."""
@@ -262,6 +278,11 @@ class Gauge:
                 scheduled_s -= sum(costs.combine_s(layer, one.rows) for layer in range(LAYERS))
         company = min(3.0, max(1.0, beside_s / max(alone_s, 1e-9)))
         return {"submit_s": max(0.0, scheduled_s / sum(n for _, n in self._missing)), "company": company}
+
+
+def _meet(a: Span, b: Span) -> bool:
+    """Whether two copies were under way at the same time."""
+    return a is not b and a.start < b.end and b.start < a.end
 
 
 def _covered(span: Span, copies: list[Span]) -> float:
