@@ -10,6 +10,7 @@ and forced, so that every row chooses the same; `duoserve` foresees them. A mach
     trunk, experts by rows, sums    spans of an engine that holds all experts
     hand-over of a copy             what scheduling takes longer where experts are missing (policy lru)
     company                         how much longer experts take while copies are under way
+    waking                          from a copy's end until whoever waited for it goes on
     link                            single copies, and two at a time; of the disk, those of an engine with policy lru
 
 Each cell: seconds of all measured passes, real and simulated, their ratio; by how much hits and bytes differ; and whether,
@@ -46,7 +47,20 @@ from duoserve.moe import OffloadedExperts
 from duoserve.simulate import Foreseeing, Link, Pass, Shape, Simulation, counted, simulate
 from duoserve.sizing import CACHE
 from duoserve.store import Store
-from duoserve.timeline import COMBINE, COMPUTE, COPY, EXPERT, HEAD, PASSES, ROUTE, SCHEDULE, TRUNK, Span, Timeline
+from duoserve.timeline import (
+    COMBINE,
+    COMPUTE,
+    COPY,
+    EXPERT,
+    HEAD,
+    PASSES,
+    ROUTE,
+    SCHEDULE,
+    STALL,
+    TRUNK,
+    Span,
+    Timeline,
+)
 
 MODEL = {
     "hidden_size": 1024, "intermediate_size": 768, "num_hidden_layers": 8, "num_attention_heads": 16,
@@ -233,6 +247,7 @@ class Gauge:
         link = Link(float(links[0]), float(links[1]), alone=float(links[2]) or None)
         if self.rate is None:
             link = self._disk(link)
+        link = replace(link, latency_s=link.latency_s + self._waking())
         return Machine(self.rate, replace(link, **self._beside()), self._costs)
 
     def close(self) -> None:
@@ -246,6 +261,19 @@ class Gauge:
         seconds = forced.run(self._passes)
         runtime.record(None)
         return timeline.spans(), seconds, runtime.transfer.counts().misses - before
+
+    def _waking(self) -> float:
+        """From the end of a copy until whoever waited for it goes on: median."""
+        late = []
+        for spans, _ in self._missing:
+            ends: dict[tuple[int, int], list[float]] = {}
+            for copy in (span for span in spans if span.kind == COPY):
+                ends.setdefault((copy.layer, copy.expert), []).append(copy.end)
+            for stall in (span for span in spans if span.kind == STALL and span.lane == COMPUTE):
+                late += [
+                    stall.end - e for e in ends.get((stall.layer, stall.expert), ()) if stall.start < e <= stall.end
+                ]
+        return statistics.median(late) if late else 0.0
 
     def _disk(self, idle: Link) -> Link:
         """The disk as those copies found it: what is read often comes faster than what an idle link's test reads once."""

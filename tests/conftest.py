@@ -12,6 +12,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:  # two workers with two threads each would spin against each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 import toys

@@ -95,7 +95,7 @@ def test_a_guess_that_nobody_began_is_withdrawn_and_its_slot_holds_what_it_held(
     go, held = threading.Event(), []
     for _ in range(2):  # both workers busy
         held.append(copy.submit(go.wait))
-    while copy._active < 2:
+    while len(copy._running) < 2:
         pass
     before = {slot.index: (slot.key, slot.ready, transfer.slab(slot).clone()) for slot in cache.slots}
     counts, evictions = transfer.counts(), cache.evictions
