@@ -1,4 +1,6 @@
-"""The GPU device: the same logits through pinned host slabs, a copy stream and events. Needs an NVIDIA GPU."""
+"""The GPU device: the same logits through pinned host slabs, a copy stream and events. Needs an NVIDIA GPU; without
+pytest-xdist: `pytest -o addopts= -m cuda`.
+"""
 
 from __future__ import annotations
 
