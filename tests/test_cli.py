@@ -226,6 +226,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_chat(cache: Path) -> None:
     chat.say("/set max_new_tokens 4")
     chat.until("max_new_tokens=4")
     chat.say("And a tuple?")
+    chat.until("And a tuple?")  # its echo: the prompt before it is not the one after the answer
     chat.until("> ")
     os.kill(chat.pid, signal.SIGINT)
     chat.until("leaves")
