@@ -193,7 +193,7 @@ def _policies(text: str) -> list[str]:
 
 
 def _shares(text: str) -> list[float]:
-    found = [parse_share(part) for part in text.split(",")]
+    found = [parse_share(part, "residency") for part in text.split(",")]
     for share in found:
         if share > 1:
             raise Refusal("E_SIZE", f"residency {share:.0%} is more than 100%", "write it like 50%")

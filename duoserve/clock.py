@@ -28,33 +28,20 @@ from greenlet import getcurrent, greenlet
 from duoserve.core import Key, Lane
 from duoserve.device import DONE, Event
 from duoserve.timeline import (
-    AHEAD,
     COMBINE,
     COMPUTE,
-    COPY,
     DEMAND,
-    DISK,
     EXPERT,
     GUESS,
     IN_FLIGHT,
     MODEL,
     NONE,
-    PREDICTOR,
-    RANK,
-    READ,
     SCHEDULE,
     ModelThread,
     Timeline,
     Why,
+    place,
 )  # fmt: skip
-
-_TRACKS = {
-    "copy": (DEMAND, AHEAD),
-    "disk": (DISK, DISK),
-    "predict": (PREDICTOR, PREDICTOR),
-    "compute": (COMPUTE, COMPUTE),
-}
-_KINDS = {"copy": COPY, "disk": READ, "predict": RANK}
 
 
 @dataclass(frozen=True)
@@ -261,8 +248,7 @@ class ClockStream:
     def _add(self, timeline: Timeline, job: _Job) -> None:
         assert job.start is not None, job.what
         layer, expert = job.what or (NONE, NONE)
-        track = _TRACKS[self.name][job.lane]
-        kind = _KINDS.get(self.name) or (COMBINE if job.what is None else EXPERT)
+        track, kind = place(self.name, job.lane, job.what)
         timeline.add(f"{track} {job.worker}" if self._numbered else track, kind, layer, expert, job.start, self.device.time,
                      job.event.why)  # fmt: skip
 

@@ -48,11 +48,11 @@ def parse_slots(text: str | int) -> int | None:
     return int(text)
 
 
-def parse_share(text: str) -> float:
+def parse_share(text: str, what: str = "budget") -> float:
     """0.15 for `15%`."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", text)
     if not match or float(match[1]) == 0:
-        raise Refusal("E_SIZE", f"budget {text!r} is not a share", "write it like 15%")
+        raise Refusal("E_SIZE", f"{what} {text!r} is not a share", "write it like 15%")
     return float(match[1]) / 100
 
 

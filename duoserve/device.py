@@ -23,10 +23,8 @@ import torch
 from duoserve.core import Key, Lane, Refusal
 from duoserve.system import available_ram
 from duoserve.timeline import (
-    AHEAD,
     COMBINE,
     COMPUTE,
-    COPY,
     DEMAND,
     DISK,
     EXPERT,
@@ -34,27 +32,19 @@ from duoserve.timeline import (
     IN_FLIGHT,
     MODEL,
     NONE,
-    PREDICTOR,
-    RANK,
-    READ,
     SCHEDULE,
     SLOT,
     STALL,
     ModelThread,
     Timeline,
     Why,
+    place,
 )  # fmt: skip
 
 PAGE = 4096  # direct reads want addresses, offsets and lengths in multiples of this
 PIN_CHUNK = 256 << 20  # bytes registered per call: one failing call must not cost the whole pool
 REMEMBERED = 32  # jobs of a lane that were done last
 _COMPUTED = Why(COMPUTE)
-_TRACKS = {  # of a worker's jobs by stream and lane
-    "copy": {Lane.DEMAND: DEMAND, Lane.AHEAD: AHEAD},
-    "disk": {Lane.DEMAND: DISK, Lane.AHEAD: DISK},
-    "predict": {Lane.DEMAND: PREDICTOR, Lane.AHEAD: PREDICTOR},
-}
-_KINDS = {"copy": COPY, "disk": READ, "predict": RANK}
 
 
 class Event:
@@ -346,7 +336,7 @@ class WorkerStream:
                 self._waited(timeline, number, job, max(free_since, job.held_since), began)
             if timeline is not None:
                 layer, expert = job.what or (NONE, NONE)
-                timeline.add(self._track(number, job), self._kind(job), layer, expert, began, ended, job.event.why)
+                timeline.add(*self._place(number, job), layer, expert, began, ended, job.event.why)
             with self._board:
                 self._leave(job)
                 job.event.set(mark, error)
@@ -360,14 +350,12 @@ class WorkerStream:
         if self._stalls is not None:
             self._stalls[cause] += until - since
         if timeline is not None:
-            timeline.add(self._track(number, job), STALL, *(job.what or (NONE, NONE)), since, until, cause)
+            timeline.add(self._place(number, job)[0], STALL, *(job.what or (NONE, NONE)), since, until, cause)
 
-    def _track(self, number: int, job: _Job) -> str:
-        track = _TRACKS[self._name][job.lane] if self._name in _TRACKS else self._name
-        return f"{track} {number}" if self._numbered else track
-
-    def _kind(self, job: _Job) -> str:
-        return _KINDS.get(self._name, COMBINE if job.what is None else EXPERT)
+    def _place(self, number: int, job: _Job) -> tuple[str, str]:
+        """Track and kind of a job's span."""
+        track, kind = place(self._name, job.lane, job.what)
+        return f"{track} {number}" if self._numbered else track, kind
 
     def _wake(self) -> None:
         """A job may be able to start. One worker is enough, unless those who wait are of several streams: each that wakes in

@@ -322,7 +322,7 @@ def simulate(
     if policy not in POLICIES:
         raise Refusal("E_OPTION", f"policy {policy!r} is unknown", nearest(policy, list(POLICIES)))
     rate = float(parse_size(link, "link")) if link is not None else None
-    share = parse_share(residency)
+    share = parse_share(residency, "residency")
     profile = known_machine(machine, cache_dir)
     name, needs = known_needs(model, format, trunk)
     experts = sum(layer.experts for layer in needs.layers)

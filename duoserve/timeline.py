@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from duoserve.core import Key
+from duoserve.core import Key, Lane
 
 # Why compute waits: for an expert fetched since the router spoke; for a guess that is under way; for one that found no
 # free slot; for a ranking that the model's own thread makes.
@@ -37,6 +37,9 @@ QUICK = "predictor quick"  # the track of rankings that the model's thread makes
 NONE = -1  # of a layer or an expert
 TURN = 5  # fields of a turn
 
+_TRACKS = {"copy": (DEMAND, AHEAD), "disk": (DISK, DISK), "predict": (PREDICTOR, PREDICTOR)}  # of a stream's lanes
+_KINDS = {"copy": COPY, "disk": READ, "predict": RANK}
+
 MOST = 500_000  # spans; of the bundled demo some five thousand tokens
 
 
@@ -50,6 +53,12 @@ class Span(NamedTuple):
     start: float
     end: float
     cause: str | None
+
+
+def place(stream: str, lane: Lane, what: Key | None) -> tuple[str, str]:
+    """Track and kind of a job of one of a device's streams."""
+    track = _TRACKS[stream][lane] if stream in _TRACKS else stream
+    return track, _KINDS.get(stream) or (COMBINE if what is None else EXPERT)
 
 
 class Timeline:
