@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 KIND, VERSION = "duoserve-kernel-table", 1
 MAX_BYTES, MAX_ROWS = 4 << 20, 100_000
-TRIALS, WARM = 20, 10  # as FinDEP measures
+TRIALS = 20  # after half as many that warm up, as FinDEP measures
 MOST_S = 8.0  # for one point
 
 
@@ -62,6 +62,21 @@ class Table:
     def choose(self, shape: Shape, tokens: int) -> Kernel:
         """The quicker one."""
         return min(Kernel, key=lambda kernel: self.seconds(kernel, shape, tokens))
+
+    def grouped(self, products: Sequence[tuple[int, int]], experts: int, dtype: str, tokens: int) -> bool:
+        """Whether `experts` with `tokens` rows each are quicker as groups, over all their `products` (K, N) together."""
+        shapes = [self.nearest(Shape(k, n, experts, dtype)) for k, n in products]
+        total = {
+            kernel: sum(self.seconds(kernel, shape, tokens) / shape.experts for shape in shapes) for kernel in Kernel
+        }
+        return total[Kernel.GROUPED] <= total[Kernel.DENSE]
+
+    def nearest(self, shape: Shape) -> Shape:
+        """The measured one of these sides and this dtype whose number of experts is nearest, in proportion."""
+        alike = [have for have in self.points if have._replace(experts=0) == shape._replace(experts=0)]
+        if not alike:
+            self._of(shape)
+        return min(alike, key=lambda have: abs(math.log(have.experts / shape.experts)))
 
     def crossover(self, shape: Shape) -> int | None:
         """The least measured number of tokens from which dense products stay the quicker ones; None: they never are."""
@@ -137,42 +152,78 @@ def measure(
     machine: str,
     device: str = "cpu",
     say: Callable[[Shape, Point], None] = lambda shape, point: None,
+    budget_s: float | None = None,
 ) -> Table:
-    """Time both on `device`: the two take turns, so that a machine that drifts favours neither."""
+    """Time both on `device`: the two take turns, so that a machine that drifts favours neither.
+
+    `budget_s` for each shape: the largest numbers of tokens are left out where they would take longer.
+    """
     found: dict[Shape, tuple[Point, ...]] = {}
     for shape in shapes:
-        points = []
-        for many in sorted(set(tokens)):
-            points.append(_measured(shape, many, device))
+        points: list[Point] = []
+        w_EKN = _weights(shape, device)
+        ordered = sorted(set(tokens))
+        for i, many in enumerate(ordered):
+            left = None if budget_s is None else budget_s / (len(ordered) - i)
+            began = time.perf_counter()
+            if points and left is not None and _pair_s(points[-1], many) > left:
+                break
+            points.append(_measured(w_EKN, many, left if left is not None else MOST_S))
             say(shape, points[-1])
+            budget_s = None if budget_s is None else budget_s - (time.perf_counter() - began)
         found[shape] = tuple(points)
     return Table(machine, found)
 
 
-def _measured(shape: Shape, tokens: int, device: str) -> Point:
+def _pair_s(last: Point, tokens: int) -> float:
+    """What both take at most with more tokens: in proportion."""
+    return (last.grouped + last.dense) * tokens / last.tokens
+
+
+def _weights(shape: Shape, device: str) -> Any:
+    """Each expert (N, K) in memory and read as (K, N), as a slab holds it. A short random block again and again: what is
+    multiplied makes no difference to the time, drawing so many numbers would."""
     import torch
 
-    dtype = getattr(torch, shape.dtype)
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(shape.experts * tokens, shape.k, generator=generator).to(device, dtype)
-    w = torch.randn(shape.experts, shape.k, shape.n, generator=generator).to(device, dtype)
-    ends = torch.arange(1, shape.experts + 1, dtype=torch.int32, device=device) * tokens
+    w_ENK = torch.empty(shape.experts, shape.n, shape.k, dtype=getattr(torch, shape.dtype), device=device)
+    flat, block = w_ENK.view(-1), torch.randn(65536, generator=torch.Generator().manual_seed(0)).to(device, w_ENK.dtype)
+    for start in range(0, flat.numel(), block.numel()):
+        piece = flat[start : start + block.numel()]
+        piece.copy_(block[: piece.numel()])
+    return w_ENK.transpose(1, 2)
+
+
+def _measured(w_EKN: Any, tokens: int, most_s: float) -> Point:
+    """Medians over up to TRIALS, as many as `most_s` allows, after half as many that are not counted."""
+    import torch
+
+    experts, k, _ = w_EKN.shape
+    device = w_EKN.device
+    x = torch.randn(experts * tokens, k, generator=torch.Generator().manual_seed(0)).to(device, w_EKN.dtype)
+    ends = torch.arange(1, experts + 1, dtype=torch.int32, device=device) * tokens
     runs: dict[Kernel, Callable[[], Any]] = {
-        Kernel.GROUPED: lambda: grouped(x, w, ends),
-        Kernel.DENSE: lambda: dense(x, w, [tokens] * shape.experts),
+        Kernel.GROUPED: lambda: grouped(x, w_EKN, ends),
+        Kernel.DENSE: lambda: dense(x, w_EKN, [tokens] * experts),
     }
+    first = {kernel: _timed(run, device) for kernel, run in runs.items()}
+    trials = max(1, min(TRIALS, int(most_s / sum(first.values()) / 1.5)))
     samples: dict[Kernel, list[float]] = {kernel: [] for kernel in Kernel}
-    for trial in range(WARM + TRIALS):
+    for trial in range(-(trials // 2), trials):
         for kernel, run in runs.items():
-            began = time.perf_counter()
-            run()
-            if device != "cpu":
-                torch.cuda.synchronize()
-            if trial >= WARM:
-                samples[kernel].append(time.perf_counter() - began)
-        if trial == WARM and sum(map(sum, samples.values())) * TRIALS > MOST_S:
-            break  # one trial says enough of what takes so long
+            took = _timed(run, device)
+            if trial >= 0:
+                samples[kernel].append(took)
     return Point(tokens, *(statistics.median(samples[kernel]) for kernel in (Kernel.GROUPED, Kernel.DENSE)))
+
+
+def _timed(run: Callable[[], Any], device: Any) -> float:
+    began = time.perf_counter()
+    run()
+    if device.type != "cpu":
+        import torch
+
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
 
 
 def grouped(x_PK: Any, w_EKN: Any, ends_E: Any) -> Any:
@@ -224,8 +275,11 @@ def pays(
 
 
 def to_json(table: Table) -> dict[str, Any]:
-    """As plain data, for an engine that imports nothing of this."""
+    """As plain data, to be printed."""
     return {
         "machine": table.machine,
-        "shapes": [shape._asdict() | {"crossover": table.crossover(shape)} for shape in table.points],
+        "shapes": [
+            shape._asdict() | {"crossover": table.crossover(shape), "points": [p._asdict() for p in points]}
+            for shape, points in table.points.items()
+        ],
     }

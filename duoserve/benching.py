@@ -63,10 +63,13 @@ def bench(
     limit_tokens: Annotated[int | None, typer.Option(min=1, help="Cut prompts to this many tokens.")] = None,
     cache_dir: Annotated[str | None, typer.Option(help="Where converted stores are kept.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of arithmetic.")] = None,
+    kernels: Annotated[
+        Path | None, typer.Option("--kernels", help="What `dep kernels` measured here, as for `chat`.")
+    ] = None,
 ) -> None:
     """Compare policies, residencies and peers on real prompts: latency, speed, bytes, stalls, beside the physical limit."""
     options: dict[str, Any] = {"format": format, "trunk": trunk, "dtype": dtype, "device": device, "link": link}
-    options |= {"cache_dir": cache_dir, "threads": threads}
+    options |= {"cache_dir": cache_dir, "threads": threads, "kernels": str(kernels) if kernels is not None else None}
     EngineConfig.of(**options)  # refuse before torch is imported, as all of this
     matrix = Matrix(
         policies=_policies(policies),

@@ -68,6 +68,10 @@ Link = Annotated[
 ]
 Slots = Annotated[str | None, typer.Option(help="At most so many slots, or top-k: what one layer's token chooses.")]
 Threads = Annotated[int | None, typer.Option(help="Threads of arithmetic. Default: the real cores that may be used.")]
+Kernels = Annotated[
+    Path | None,
+    typer.Option("--kernels", help="What `dep kernels` measured here: unquantised experts by grouped products."),
+]
 CacheDir = Annotated[str | None, typer.Option(help="Where converted stores are kept.")]
 
 
@@ -108,6 +112,7 @@ def chat(
         Path | None, typer.Option("--timeline", help="Record what happens when, for `duoserve timeline FILE`.")
     ] = None,
     slots: Slots = None,
+    kernels: Kernels = None,
     url: Annotated[str | None, typer.Option(help="Talk to a server, such as http://127.0.0.1:8000, instead.")] = None,
     api_key: Annotated[
         str | None, typer.Option(envvar="DUOSERVE_API_KEY", show_default=False, help="What that server asks for.")
@@ -116,6 +121,7 @@ def chat(
     """Chat with a model in the terminal, or answer one --prompt."""
     where = {"budget": budget, "format": format, "trunk": trunk, "dtype": dtype, "device": device, "ctx": ctx}
     more = {"cache_dir": cache_dir, "threads": threads, "policy": policy, "link": link, "slots": slots}
+    more["kernels"] = str(kernels) if kernels is not None else None
     if timeline is not None and url is not None:
         raise Refusal("E_OPTION", "--timeline is the server's", "leave it out with --url")
     if timeline is not None and not timeline.parent.is_dir():  # said before a model is loaded

@@ -82,6 +82,7 @@ class EngineConfig:
     link: str | int | None = None
     slots: str | int | None = None
     sequences: int = 1
+    kernels: str | None = None
 
     def __post_init__(self) -> None:
         _one_of("format", self.format, FORMATS)

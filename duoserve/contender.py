@@ -85,6 +85,7 @@ class Ours:
             "slab_bytes": engine.plan.slot_bytes,
             "predictor": predictor.name if predictor is not None else None,
             "model_n_params": engine.store.size.bf16_bytes // 2,
+            "kernels": stats["kernels"]["table"] if stats["kernels"] else None,
         }
 
     def counts(self) -> Counts:

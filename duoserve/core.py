@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -130,6 +131,20 @@ class Predictor(Protocol):
     def rank_rows(self, step: Step, layer: int) -> torch.Tensor: ...
 
     def observe(self, step: Step) -> None: ...
+
+
+class Kernels(Protocol):
+    """What was measured of this machine: whether a layer's experts are quicker as one grouped product or one by one."""
+
+    @property
+    def machine(self) -> str:
+        """Where that was."""
+        ...
+
+    def grouped(self, products: Sequence[tuple[int, int]], experts: int, dtype: str, tokens: int) -> bool:
+        """Of `experts` with `tokens` rows each, over all their `products` (K, N). ValueError of one line where one of these
+        was not measured."""
+        ...
 
 
 LONGEST = 600  # characters of what happened: a stranger's name for a thing can have megabytes

@@ -21,7 +21,7 @@ import transformers
 from duoserve.checkpoint import check_config, quiet, read_config
 from duoserve.config import EngineConfig, parse_size
 from duoserve.convert import Conversion, Progress, write_store
-from duoserve.core import Policy, Predictor, Refusal, nearest
+from duoserve.core import Kernels, Policy, Predictor, Refusal, nearest
 from duoserve.device import Device, in_background, open_device
 from duoserve.future import Future
 from duoserve.hub import resolve
@@ -69,6 +69,7 @@ def load(
     *,
     progress: Progress | None = None,
     predictor: Predictor | None = None,
+    table: Kernels | None = None,
     **options: Any,
 ) -> Engine:
     """Open MODEL (checkpoint folder, expert store, hub id, or None for the demo) within a memory budget.
@@ -83,7 +84,9 @@ def load(
     in the budget. `sequences`: how many of `ctx` tokens keys and values are planned for (1). `policy` duoserve, or, to
     compare with, one of `duoserve.core.Policy`. `slots` at most, a number or "top-k" (as many as a token chooses in one
     layer, as in the paper). `link` slows copies to so many bytes per second, for experiments (CPU). `progress` is told of
-    a download or conversion: bytes done, in all, what.
+    a download or conversion: bytes done, in all, what. `table`, which `kernels` names: computes a layer's unquantised
+    experts as one grouped product wherever it was measured to be quicker than one after the other. That is another
+    arithmetic: tokens are then those of this table, whatever the budget.
     Unknown options, and budgets below the smallest, raise `Refusal` (a ValueError) of one line.
     """
     quiet()
@@ -96,7 +99,7 @@ def load(
         extra = predictor.n_bytes if predictor is not None else 0
         opened = _opened(folder, config, device, progress, "half" if model is None else None, extra)
         unless_loaded.callback(opened.store.close)
-        engine = Engine(*opened, device, Policy(config.policy))
+        engine = Engine(*opened, device, Policy(config.policy), table)
         if predictor is not None:
             engine.predict(predictor)
         gc.collect()  # the meta models that planning made
@@ -174,10 +177,14 @@ class Engine:
         trunk: str,
         device: Device,
         policy: Policy = Policy.DUOSERVE,
+        kernels: Kernels | None = None,
     ):
         self.store, self.plan, self.dtype, self.trunk, self.device = store, plan, dtype, trunk, device
-        loaded = load_model(store, read_config(store.folder), plan, dtype, device, trunk, policy)
+        loaded = load_model(store, read_config(store.folder), plan, dtype, device, trunk, policy, kernels)
         self.model, self.runtime, self._watch = loaded
+        grouping = self.runtime.grouping
+        if grouping is not None and grouping.why is not None:
+            warnings.warn(f"the table of kernels is not used: {grouping.why}", stacklevel=3)
         self.tokenizer = _tokenizer(store.folder)
         self._turn = threading.Lock()
         self._finalizer = weakref.finalize(self, _release, device, store)
@@ -360,6 +367,7 @@ class Engine:
             "link_busy_s": copy.busy_s,
             "link_gbps": copy.cost_done / copy.busy_s / 1e9 if copy.busy_s else None,
             "stall_s": dict(self.runtime.stalls),
+            "kernels": self.runtime.grouping.stats() if self.runtime.grouping is not None else None,
             "budget_bytes": self.plan.budget_bytes,
             "planned_bytes": sum(planned.values()),
             "used_bytes": sum(used.values()),

@@ -8,13 +8,20 @@ order at the end: the result does not depend on which expert was computed first.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from duoserve.codec import Weight
 
-Weights = Mapping[str, Weight | torch.Tensor]
+class Linear(Protocol):
+    """A matrix (N, K) in some format, or one for each stretch of rows."""
+
+    def linear(self, x_MK: torch.Tensor) -> torch.Tensor:
+        """x @ W.T in the dtype of x, shape (M, N)."""
+        ...
+
+
+Weights = Mapping[str, Linear | torch.Tensor]
 
 
 class Groups(NamedTuple):

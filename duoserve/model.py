@@ -12,7 +12,7 @@ import transformers
 
 from duoserve import attention
 from duoserve.checkpoint import build_meta, find_experts, load_trunk, replace_module
-from duoserve.core import Phase, Policy, Refusal, Step
+from duoserve.core import Kernels, Phase, Policy, Refusal, Step
 from duoserve.device import Device
 from duoserve.int4 import Scratch
 from duoserve.moe import OffloadedExperts, Runtime, open_runtime
@@ -41,8 +41,10 @@ def load_model(
     device: Device,
     trunk: str = "bf16",
     policy: Policy = Policy.DUOSERVE,
+    kernels: Kernels | None = None,
 ) -> Loaded:
-    """Build on meta, take the experts out, fill the trunk; the slots are allocated here, once. `trunk`: its format."""
+    """Build on meta, take the experts out, fill the trunk; the slots are allocated here, once. `trunk`: its format;
+    `kernels`: what experts are computed by, as `open_runtime`."""
     model = build_meta(config, dtype)
     specs = find_experts(model)
     if [spec.name for spec in specs] != [layer.module for layer in store.layers]:
@@ -53,7 +55,7 @@ def load_model(
             5,
         )
     scratch = Scratch(device.arena(plan.scratch_bytes))
-    runtime = open_runtime(device, store, plan.slots, policy, _host_tier(device, store), scratch)
+    runtime = open_runtime(device, store, plan.slots, policy, _host_tier(device, store), scratch, kernels, dtype)
     for layer, spec in enumerate(specs):
         replace_module(model, spec.name, OffloadedExperts(spec.module, layer, runtime))
     load_trunk(model, store.checked_trunk(), dtype)

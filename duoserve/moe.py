@@ -6,7 +6,7 @@ attention, caches of keys and values, or text.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from typing import Any, NamedTuple, Protocol
 
@@ -15,11 +15,12 @@ from torch import nn
 
 from duoserve import policies
 from duoserve.cache import ExpertCache, Slot
-from duoserve.core import Key, Observer, Phase, Policy, Predictor, Route, Step
+from duoserve.core import Kernels, Key, Observer, Phase, Policy, Predictor, Route, Step
 from duoserve.decisions import Decisions
 from duoserve.device import Device, Event
 from duoserve.experts import Groups, Weights, combine, expert_function, group
 from duoserve.future import Future
+from duoserve.grouped import Bank, Grouping, Wave
 from duoserve.int4 import Scratch
 from duoserve.store import Store
 from duoserve.timeline import (
@@ -80,8 +81,16 @@ class Work(NamedTuple):
 class Runtime:
     """What all layers of one model share: the pool, the way into it, both schedules, and the Step that is running."""
 
-    def __init__(self, device: Device, cache: ExpertCache, transfer: Transfer, policy: Policy = Policy.DUOSERVE):
+    def __init__(
+        self,
+        device: Device,
+        cache: ExpertCache,
+        transfer: Transfer,
+        policy: Policy = Policy.DUOSERVE,
+        grouping: Grouping | None = None,
+    ):
         self.device, self.cache, self.transfer, self.policy = device, cache, transfer, policy
+        self.grouping = grouping  # None: experts are computed one by one
         self._per_layer = [layer.n_experts for layer in transfer.store.layers]
         self.prefill, self.decode, self.ahead = policies.schedules(
             policy, cache, transfer, self._per_layer, self._think
@@ -241,9 +250,11 @@ class Runtime:
                 assert slot.key is not None, slot
                 return Work(_Rows(expert, groups, groups.spans[slot.key.expert], self.transfer.weights(slot)))
 
+            bank = self.grouping.of(layer, groups) if self.grouping is not None else None
+            together = None if bank is None else _Together(expert, groups, bank)
             y: list[torch.Tensor] = []
             last = Work(lambda: y.append(combine(groups, weights_TK, x_TD.dtype)))
-            done = self.bring(layer, x_TD.shape[0], tokens, work, last)
+            done = self.bring(layer, x_TD.shape[0], tokens, work, last, together)
             if done.issued:
                 self.device.join(done)
             else:  # another thread computes
@@ -252,28 +263,53 @@ class Runtime:
                 self._leave(layer)
             return y[0]
 
-    def bring(self, layer: int, rows: int, tokens: dict[int, int], work: Callable[[Slot], Work], last: Work) -> Event:
+    def bring(
+        self,
+        layer: int,
+        rows: int,
+        tokens: dict[int, int],
+        work: Callable[[Slot], Work],
+        last: Work,
+        together: Callable[[Sequence[Slot]], Work] | None = None,
+    ) -> Event:
         """A layer's router has spoken for `rows` rows (`tokens`: expert -> rows): bring its experts past the compute stream,
-        which does `work` of each slot and then `last`. Returns when `last` happens.
+        which does `work` of each slot, or the work `together` of all that are at hand at once, and then `last`. Returns when
+        `last` happens.
         """
         self._thread.turn(SCHEDULE, layer)
         schedule = self.prefill if self._is_dense(layer, len(tokens), rows) else self.decode
         self.ahead.spoken(self._step, layer, tokens)
         reads: list[Event] = []
         with closing(schedule.run(layer, rows, tokens)) as slots:
-            for slot in slots:
+            for wave in self._waves(slots, together is not None):
                 try:
-                    fn, cost = work(slot)
-                    read = self.device.compute.submit(fn, after=(slot.ready,), cost=cost, what=slot.key)
+                    fn, cost = together(wave) if together is not None else work(wave[0])
+                    what = wave[0].key if len(wave) == 1 else Key(layer, NONE)
+                    read = self.device.compute.submit(fn, [slot.ready for slot in wave], cost=cost, what=what)
                 except BaseException:
-                    self.transfer.abandon(slot)
+                    for slot in wave:
+                        self.transfer.abandon(slot)
                     raise
-                self.transfer.release(slot, read)
+                for slot in wave:
+                    self.transfer.release(slot, read)
                 reads.append(read)
         done = self.device.compute.submit(last.fn, reads, cost=last.cost)
         self.ahead.push()
         self._leave(layer)
         return done
+
+    def _waves(self, slots: Iterator[Slot], several: bool) -> Iterator[list[Slot]]:
+        """One slot at a time, or `several`: those at hand. Nothing is kept while the next one may need its slot."""
+        wave: list[Slot] = []
+        try:
+            for slot in slots:
+                wave.append(slot)
+                if not (several and self.transfer.at_hand()):
+                    out, wave = wave, []
+                    yield out
+        finally:  # an error above leaves nothing pinned
+            for slot in wave:
+                self.transfer.abandon(slot)
 
     def _leave(self, layer: int) -> None:
         """The model goes on: to the attention before the next MoE layer, or to the head."""
@@ -308,11 +344,18 @@ def open_runtime(
     policy: Policy = Policy.DUOSERVE,
     host: HostTier | None = None,
     scratch: Scratch | None = None,
+    kernels: Kernels | None = None,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> Runtime:
-    """A pool of `slots`, the way into it and both schedules, as `policy` wants them."""
+    """A pool of `slots`, the way into it and both schedules, as `policy` wants them. Experts are computed one by one, or as
+    `kernels` measured to be quicker in `dtype`."""
     cache = ExpertCache(slots, [layer.n_experts for layer in store.layers], policies.keep(policy))
     transfer = Transfer(device, store, cache, host, scratch, policies.manners(policy))
-    return Runtime(device, cache, transfer, policy)
+    grouping = None
+    if kernels is not None:
+        layouts, experts = zip(*((store.layouts[layer.layout], layer.n_experts) for layer in store.layers), strict=True)
+        grouping = Grouping(kernels, dtype, layouts, experts, transfer.memory, transfer.slab_bytes)
+    return Runtime(device, cache, transfer, policy, grouping)
 
 
 def _followed(former: Step | None, step: Step) -> Step | None:
@@ -337,6 +380,20 @@ class _Rows:
     def __call__(self) -> None:
         start, stop = self.span
         self.groups.out_PD[start:stop] = self.expert(self.groups.x_PD[start:stop], self.weights)
+
+
+class _Together:
+    """The rows of several experts as one piece of work."""
+
+    __slots__ = ("bank", "expert", "groups")
+
+    def __init__(self, expert: Callable[..., torch.Tensor], groups: Groups, bank: Bank):
+        self.expert, self.groups, self.bank = expert, groups, bank
+
+    def __call__(self, wave: Sequence[Slot]) -> Work:
+        at = [(slot.index, self.groups.spans[slot.key.expert]) for slot in wave if slot.key is not None]
+        assert len(at) == len(wave), wave
+        return Work(Wave(self.expert, self.groups, self.bank, at))
 
 
 class OffloadedExperts(nn.Module):

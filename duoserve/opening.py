@@ -9,11 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from duoserve import engine as engines
-from duoserve.core import Policy, Predictor, Refusal
+from duoserve.config import EngineConfig
+from duoserve.core import Kernels, Policy, Predictor, Refusal
+from duoserve.device import gpus
 from duoserve.engine import DEMO, Engine
 from duoserve.future import Future
+from duoserve.system import use_threads
 
 NONE, GATE = "none", "gate"
+MEASURE = "run `duoserve dep kernels MODEL --save FILE` here"
 ASKING = {policy.value for policy in (Policy.DUOSERVE, Policy.PAPER, Policy.MIF)}  # a predictor
 TAKES_THE_DEMOS = ASKING - {Policy.MIF.value}
 
@@ -31,7 +35,8 @@ def load(
     `predictor`: a folder that `duoserve train` wrote, "gate" (the next layer's own router on this layer's input, nothing
     trained), "none", or any `duoserve.core.Predictor`; without one, the demo takes the one that comes with it and other
     models guess nothing; policy "mif" then goes by what it has seen itself. `future`: what the passes will choose, recorded
-    before; policy "belady" needs it. Everything else as `duoserve.engine.load`, whose documentation lists the options.
+    before; policy "belady" needs it. `kernels`: a file that `duoserve dep kernels` wrote on this machine. Everything else as
+    `duoserve.engine.load`, whose documentation lists the options.
     """
     policy = options.get("policy", Policy.DUOSERVE.value)
     if policy not in ASKING and predictor not in (None, NONE):
@@ -42,7 +47,8 @@ def load(
         what = "policy 'belady' evicts by the future, and 0 recorded passes are given"
         raise Refusal("E_OPTION", what, "replay a recording: duoserve.load(..., future=Future.of(steps, experts))")
     found = _found(model, predictor)
-    opened = engines.load(model, progress=progress, predictor=found, **options)
+    table = _table(options)
+    opened = engines.load(model, progress=progress, predictor=found, table=table, **options)
     if future is not None and policy == Policy.BELADY.value:
         opened.foresee(future)
     if predictor == GATE:
@@ -50,6 +56,25 @@ def load(
 
         opened.predict(Gate(opened.routers()))
     return opened
+
+
+def _table(options: dict[str, Any]) -> Kernels | None:
+    """What `kernels` names, measured here: on this processor or GPU, with as many threads."""
+    path = options.get("kernels")
+    if path is None:
+        return None
+    from dep_extension.kernel_choice import Table
+    from dep_extension.kernel_table import here
+
+    config = EngineConfig.of(**options)
+    use_threads(config.threads)
+    on_gpu = config.device == "cuda" or (config.device == "auto" and bool(gpus()))
+    try:
+        return Table.load(Path(path), here("cuda" if on_gpu else "cpu"))
+    except OSError as error:
+        raise Refusal("E_KERNELS", f"{path}: {error.strerror or error}", MEASURE, 3) from error
+    except ValueError as error:
+        raise Refusal("E_KERNELS", str(error), MEASURE) from error
 
 
 def predictor_bytes(model: Any, predictor: Any = None) -> int:

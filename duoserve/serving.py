@@ -63,11 +63,14 @@ def serve(
     predictor: Annotated[str | None, typer.Option("--predictor", help="A folder, gate or none, as for `chat`.")] = None,
     slots: Annotated[str | None, typer.Option(help="At most so many slots, or top-k, as for `chat`.")] = None,
     link: Annotated[str | None, typer.Option(help="Slow copies to so many bytes per second: experiments.")] = None,
+    kernels: Annotated[
+        Path | None, typer.Option("--kernels", help="What `dep kernels` measured here, as for `chat`.")
+    ] = None,
 ) -> None:
     """Serve a model with OpenAI's API, /metrics and a page, on this machine unless told otherwise."""
     options: dict[str, Any] = {"budget": budget, "format": format, "trunk": trunk, "dtype": dtype, "device": device}
     options |= {"ctx": ctx, "cache_dir": cache_dir, "threads": threads, "policy": policy, "link": link}
-    options["slots"] = slots
+    options["slots"], options["kernels"] = slots, str(kernels) if kernels is not None else None
     options["sequences"] = parallel
     EngineConfig.of(**options)  # refuse before torch is imported
     _check_key(host, api_key)

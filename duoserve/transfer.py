@@ -88,6 +88,10 @@ class Transfer:
         self.ready = self.late = self.wrong = 0
         self._guessed: dict[Key, Guess] = {}  # until the layer's router speaks
         self.waiting = 0  # experts of the running layer that have no slot yet
+        self._coming: tuple[deque[Slot], deque[Slot]] = (
+            deque(),
+            deque(),
+        )  # of it, resident and arriving: not handed out yet
         self.decisions = Decisions()
 
     def decide(self, decisions: Decisions) -> None:
@@ -207,7 +211,7 @@ class Transfer:
         """Bring the experts of one layer past the compute: yields each key's slot, pinned, resident ones first.
 
         Fetches as many at a time as there are slots, or `at_once`. The caller submits its compute after `slot.ready` and
-        hands the slot back with `release` before it asks for the next.
+        hands the slot back with `release` before it asks for the next, unless that one is `at_hand`.
         """
         resident: deque[Slot] = deque()
         arriving: deque[Slot] = deque()
@@ -228,6 +232,7 @@ class Transfer:
             self.waiting = len(absent)
         self.hits, self.in_flight = self.hits + len(resident), self.in_flight + len(arriving)
         self.misses += len(absent)
+        self._coming = (resident, arriving)
         short = False  # of slots
         try:
             while resident or arriving or absent:
@@ -244,6 +249,13 @@ class Transfer:
             self.waiting = 0
             for slot in (*resident, *arriving):
                 self.abandon(slot)
+            self._coming = (deque(), deque())
+
+    def at_hand(self) -> bool:
+        """Whether what `through` hands out next is whole already: it then needs none of the slots handed out so far, and the
+        caller may keep them, to compute them together with it."""
+        resident, arriving = self._coming
+        return bool(resident) or bool(arriving and arriving[0].ready.done)
 
     def _demand(self, key: Key, short: bool) -> Slot | None:
         """A slot that is being filled with what is needed now; None while all are in use. `short`: it waited for one."""

@@ -24,6 +24,8 @@ from guessers import Dice
 from hubs import COMMIT, Hub, reach, serving
 
 import duoserve
+from dep_extension.kernel_choice import Point, Shape, Table
+from dep_extension.kernel_table import here
 from duoserve import checkpoint, cli, codec, peers, prompts, repl, results, shelf, tracing
 from duoserve import serving as serving_
 from duoserve.api.grammar import check_schema, mask_for
@@ -34,6 +36,7 @@ from duoserve.core import Key, Refusal
 from duoserve.device import host_arena
 from duoserve.durable import exclusive
 from duoserve.future import Future
+from duoserve.kernels import kernels
 from duoserve.needs import count_passes
 from duoserve.outlook import look
 from duoserve.profile import read_profile
@@ -56,6 +59,11 @@ class Kit(NamedTuple):
     tmp: Path
     patch: pytest.MonkeyPatch
     stack: contextlib.ExitStack
+
+    def kernel_table(self, machine: str) -> str:
+        path = self.tmp / "kernels.json"
+        Table(machine, {Shape(8, 8, 2, "float32"): (Point(1, 1e-3, 1e-3),)}).save(path)
+        return str(path)
 
     def folder(self, **files: Any) -> Path:
         """A folder of JSON files, or of raw bytes; `__` in a name is a dot."""
@@ -331,6 +339,16 @@ CASES: list[tuple[str, str, int, str, Callable[[Kit], Any]]] = [
      lambda k: look(k.folder(config__json={"auto_map": {"AutoModel": "x.Y"}}))),
     ("E_NOT_MOE", "a dense model", 2, r"'llama' has 0 routed experts; run it with transformers",
      lambda k: look(k.folder(config__json=SMALL | {"model_type": "llama"}))),
+    ("E_KERNELS", "a table that is not there", 3, r"nowhere.json: No such file or directory; run `duoserve dep kernels",
+     lambda k: duoserve.load(kernels="nowhere.json")),
+    ("E_KERNELS", "a table of nothing", 2, r"is no table of kernels \(.*\): measure it again; run `duoserve dep kernels",
+     lambda k: duoserve.load(kernels=str(k.folder(table__json={}) / "table.json"))),
+    ("E_KERNELS", "another machine's table", 2, r"measured on 'there', this is '.*; run `duoserve dep kernels",
+     lambda k: duoserve.load(kernels=k.kernel_table("there"))),
+    ("E_KERNELS", "a table of another model", 3, r"has 1 shapes .*, not 64x192 x 6 float32: .*; run `duoserve dep kernels",
+     lambda k: duoserve.load(k.toy("mixtral"), dtype="float32", cache_dir=str(k.tmp), kernels=k.kernel_table(here()))),
+    ("E_OPTION", "a table measured for no time", 2, r"--seconds 0 is not between 0 and 3600; leave",
+     lambda k: kernels(seconds=0.0)),
     ("E_LAYOUT", "a family without the seam", 2, r"'jetmoe' .*; use a family",
      lambda k: look(k.folder(config__json=SMALL | {"model_type": "jetmoe", "kv_channels": 16, "num_local_experts": 4}))),
     ("E_QUANTISED", "weights quantised elsewhere", 2, r"awq.*; use",

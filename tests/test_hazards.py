@@ -19,7 +19,7 @@ from guessers import Dice
 
 from duoserve.cache import ExpertCache
 from duoserve.codec import Layout, Param
-from duoserve.core import Key, Phase, Policy, Step
+from duoserve.core import Kernels, Key, Phase, Policy, Step
 from duoserve.device import DONE, ThreadDevice
 from duoserve.future import Future
 from duoserve.manifest import TRUNK, write_manifest
@@ -82,11 +82,12 @@ class Machine:
         host: int = 0,
         guessing: bool = False,
         policy: Policy = Policy.DUOSERVE,
+        kernels: Kernels | None = None,
     ):
         self.store, self.corrupt, self.slow = Store(folder), 0, slow
         self.device = ThreadDevice(copy_threads=2, threaded_compute=True, host_tier=host > 0)
         tier = HostTier(self.device, self.store, host) if host else None
-        self.runtime = open_runtime(self.device, self.store, slots, policy, tier)
+        self.runtime = open_runtime(self.device, self.store, slots, policy, tier, kernels=kernels, dtype=torch.float32)
         transfer = self.runtime.transfer
         if slow == "copies":
             self._slow_copies()

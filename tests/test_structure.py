@@ -17,7 +17,7 @@ FLOORS = {
         *("results", "routers", "sampling", "sizing", "stopping", "system", "timeline", "version"),
     },
     1: {"cache", "clock", "experts", "manifest", "runfile", "shelf", "store", "trunk"},
-    2: {"board", "contest", "convert", "lanes", "profile", "transfer"},
+    2: {"board", "contest", "convert", "grouped", "lanes", "profile", "transfer"},
     3: {
         *("activation", "ahead", "chrometrace", "decode", "estimate", "fleet", "paper", "picture", "prefill"),
         *("sighted", "wholelayer"),
@@ -29,12 +29,13 @@ FLOORS = {
     8: {"conversation", "measure", "outlook", "service"},
     9: {"api", "doctor", "remote", "repl"},
     10: {"opening"},
-    11: {"contender", "learning", "matrix", "serving", "showing", "simulating", "tracing"},
+    11: {"contender", "kernels", "learning", "matrix", "serving", "showing", "simulating", "tracing"},
     12: {"benching"},
     13: {"cli"},
 }
 ROOF = {
     "cli",
+    "kernels",
     "learning",
     "opening",
     "serving",
