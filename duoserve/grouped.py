@@ -89,9 +89,12 @@ class Wave:
         counts_G = np.zeros(last - first + 1, dtype=np.int64)
         for slot, (start, stop) in stretch:
             counts_G[slot - first] = stop - start
-        x_PD, out_PD = self.groups.x_PD, self.groups.out_PD
-        rows = _rows([span for _, span in stretch], x_PD.device)
-        out_PD[rows] = self.expert(x_PD[rows], self.bank.weights(first, counts_G, x_PD.device))
+        out_PD, device = self.groups.out_PD, self.groups.x_PD.device
+        rows = _rows([span for _, span in stretch], device)
+        x_PD = self.groups.x_PD[rows]
+        if x_PD.stride(0) == 0:  # one token, all of whose rows are one
+            x_PD = torch.empty_like(x_PD, memory_format=torch.contiguous_format).copy_(x_PD)
+        out_PD[rows] = self.expert(x_PD, self.bank.weights(first, counts_G, device))
 
 
 def stretches(at: Sequence[tuple[int, Span]]) -> Iterator[Sequence[tuple[int, Span]]]:

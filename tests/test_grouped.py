@@ -49,8 +49,8 @@ GROUPED, DENSE = Says(True), Says(False)
 def logits(path: Path, cache: Path, table: Any, budget: str, dtype: str = "float32") -> torch.Tensor:
     """Of a prompt and of one token behind it."""
     with load_engine(str(path), cache_dir=str(cache), dtype=dtype, format="bf16", budget=budget, table=table) as engine:
-        prompt = engine.model(toys.ids(2, 11))
-        token = engine.model(toys.ids(2, 1, seed=1), **{CACHE: prompt[CACHE]})
+        prompt = engine.model(toys.ids(1, 22))
+        token = engine.model(toys.ids(1, 1, seed=1), **{CACHE: prompt[CACHE]})
         stats = engine.stats()["kernels"]
         assert table is None or stats["grouped" if table is GROUPED else "dense"] > 0, stats
         assert table is None or stats["dense" if table is GROUPED else "grouped"] == 0, stats
