@@ -246,6 +246,23 @@ def dense(x_PK: Any, w_EKN: Any, counts_E: Sequence[int]) -> Any:
     return out
 
 
+def multiply(x_PK: Any, w_EKN: Any, counts_E: Sequence[int], table: Table | None = None) -> Any:
+    """y (P, N): rows sorted by expert, `counts_E` of them for each, each row by its expert's matrix; in whichever way
+    `table` found quicker for so many experts that have rows. Without a table one by one.
+
+    ValueError of one line where the table has no such shape.
+    """
+    import torch
+
+    busy = sum(1 for count in counts_E if count)
+    _, k, n = w_EKN.shape
+    dtype = str(x_PK.dtype).removeprefix("torch.")
+    if table is None or not busy or not table.grouped([(k, n)], busy, dtype, -(-x_PK.shape[0] // busy)):
+        return dense(x_PK, w_EKN, counts_E)
+    ends_E = torch.tensor(counts_E, dtype=torch.int32).cumsum(0).to(torch.int32)
+    return grouped(x_PK, w_EKN, ends_E.to(x_PK.device))
+
+
 def stages(communication_s: float, compute_s: float, overhead_s: float, local_experts: int) -> int:
     """Pipeline degree N* = sqrt(C / k_o) as a divisor of the local experts: C is what can be hidden, k_o what a stage costs.
 
@@ -272,6 +289,22 @@ def pays(
     e0, e1 = slack
     cut_link = n * communication(tokens / n) <= (1 + e0) * communication(tokens)
     return cut_link and n * compute(tokens, experts / n) <= (1 + e1) * compute(tokens, experts)
+
+
+def degree(
+    communication: Callable[[float], float],
+    compute: Callable[[float, float], float],
+    tokens: int,
+    local_experts: int,
+    overhead_s: float,
+) -> int:
+    """In how many stages a GPU's experts are best computed behind their exchange: N* where that many stages pay, else 1.
+
+    For schedules in which one exchange and one group of experts share a GPU (colocated expert parallelism); where experts
+    have GPUs of their own, FinDEP's r2 is that number and `solver` searches it. Arguments as `pays` and `stages` have them.
+    """
+    n = stages(communication(tokens), compute(tokens, local_experts), overhead_s, local_experts)
+    return n if n > 1 and pays(communication, compute, tokens, local_experts, n) else 1
 
 
 def to_json(table: Table) -> dict[str, Any]:

@@ -7,28 +7,33 @@ order of arrival.
     rows     3 rows     none    2 rows     1 row     sorted by slot; a slot in between that is not asked for has none
 
 Which of the two ways (EPS-MoE, section "GroupGemm or DenseGemm") follows from the route alone, how many experts it names and
-how many rows each has on average, never from what is resident: an expert that arrives alone is a group of one. So tokens do
-not depend on the budget, whatever the table says; they may depend on the table.
+how many rows each has on average, never from what is resident: an expert that arrives alone is a group of one. On a CPU
+torch's grouped product is a loop over the same products as the dense ones, bit for bit (a test holds it to that), so a few
+experts are multiplied one by one there. So tokens do not depend on the budget, whatever the table says; on a GPU they may
+depend on the table.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
+from operator import attrgetter
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from duoserve.codec import Layout
 from duoserve.core import Kernels, Refusal
-from duoserve.experts import Groups, Linear
+from duoserve.experts import Groups, Linear, Weights
 
-GAP = 8  # slots without rows that a product skips more cheaply than a second product begins (2 us each, 10 to 20 us)
+GAP = 8  # slots without rows in a row that a product walks over: 2 us each on a CPU, where another product costs 20
+FEW = (
+    3  # experts from which a grouped product is quicker there than theirs one by one, with what it takes to describe it
+)
 STRIDE = 16  # bytes: grouped_mm takes rows whose lengths are multiples of it
-
-Span = tuple[int, int]  # rows [start, stop)
 
 
 @dataclass(frozen=True)
@@ -59,58 +64,84 @@ class Bank:
                 n, k = part.shape
                 self.matrices[part.param] = flat.as_strided((slots, k, n), (stride, 1, k), at)
 
-    def weights(self, first: int, counts_G: np.ndarray, device: torch.device) -> Mapping[str, Linear | torch.Tensor]:
-        """As one expert's parameters, for rows sorted by slot: slot `first` + g has `counts_G[g]` of them."""
-        ends_G = torch.from_numpy(counts_G.cumsum(dtype=np.int32)).to(device)
-        stop = first + len(counts_G)
+    def weights(self, at: Sequence[Placed], device: torch.device) -> Weights:
+        """As one expert's parameters, for the rows of these slots in turn, which must rise."""
+        first, stop = at[0].slot, at[-1].slot + 1
+        ends_G = torch.tensor(_ends(at), dtype=torch.int32).to(device)
         out: dict[str, Linear | torch.Tensor] = {
             name: GroupedWeight(w_SKN[first:stop], ends_G) for name, w_SKN in self.matrices.items()
         }
         if self.vectors:
-            slot_P = torch.from_numpy(np.repeat(np.arange(first, stop), counts_G)).to(device)
-            out |= {name: v_SN[slot_P] for name, v_SN in self.vectors.items()}
+            slot_P = np.repeat([one.slot for one in at], [one.stop - one.start for one in at])
+            out |= {name: v_SN[torch.from_numpy(slot_P).to(device)] for name, v_SN in self.vectors.items()}
         return out
 
 
+def _ends(at: Sequence[Placed]) -> list[int]:
+    """Where the rows of each slot end, from the first to the last; those in between without rows end where they begin."""
+    ends: list[int] = []
+    first, total = at[0].slot, 0
+    for one in at:
+        if one.slot - first > len(ends):
+            ends += [total] * (one.slot - first - len(ends))
+        total += one.stop - one.start
+        ends.append(total)
+    return ends
+
+
+class Placed(NamedTuple):
+    """An expert's slot, its rows [start, stop) and its parameters by themselves."""
+
+    slot: int
+    start: int
+    stop: int
+    alone: Weights
+
+
 class Wave:
-    """The rows of several experts, to be computed on the compute stream. `at`: slot and rows of each."""
+    """The rows of several experts, to be computed on the compute stream."""
 
-    __slots__ = ("at", "bank", "expert", "groups")
+    __slots__ = ("at", "bank", "expert", "few", "groups")
 
-    def __init__(self, expert: Callable[..., torch.Tensor], groups: Groups, bank: Bank, at: Sequence[tuple[int, Span]]):
+    def __init__(self, expert: Callable[..., torch.Tensor], groups: Groups, bank: Bank, at: Sequence[Placed]):
         self.expert, self.groups, self.bank, self.at = expert, groups, bank, at
+        self.few = FEW if groups.x_PD.device.type == "cpu" else 1
 
     def __call__(self) -> None:
         for stretch in stretches(self.at):
-            self._compute(stretch)
+            if len(stretch) < self.few:
+                for one in stretch:
+                    x_MD = self.groups.x_PD[one.start : one.stop]
+                    self.groups.out_PD[one.start : one.stop] = self.expert(x_MD, one.alone)
+            else:
+                self._together(stretch)
 
-    def _compute(self, stretch: Sequence[tuple[int, Span]]) -> None:
-        first, last = stretch[0][0], stretch[-1][0]
-        counts_G = np.zeros(last - first + 1, dtype=np.int64)
-        for slot, (start, stop) in stretch:
-            counts_G[slot - first] = stop - start
+    def _together(self, at: Sequence[Placed]) -> None:
         out_PD, device = self.groups.out_PD, self.groups.x_PD.device
-        rows = _rows([span for _, span in stretch], device)
+        rows = _rows(at, device)
         x_PD = self.groups.x_PD[rows]
         if x_PD.stride(0) == 0:  # one token, all of whose rows are one
             x_PD = torch.empty_like(x_PD, memory_format=torch.contiguous_format).copy_(x_PD)
-        out_PD[rows] = self.expert(x_PD, self.bank.weights(first, counts_G, device))
+        out_PD[rows] = self.expert(x_PD, self.bank.weights(at, device))
 
 
-def stretches(at: Sequence[tuple[int, Span]]) -> Iterator[Sequence[tuple[int, Span]]]:
+def stretches(at: Sequence[Placed]) -> Iterator[Sequence[Placed]]:
     """By slot, cut where more than GAP slots in a row have nothing to do."""
-    ordered, begun = sorted(at), 0
+    ordered, begun = sorted(at, key=_slot), 0
     for i in range(1, len(ordered) + 1):
-        if i == len(ordered) or ordered[i][0] - ordered[i - 1][0] > GAP + 1:
+        if i == len(ordered) or ordered[i].slot - ordered[i - 1].slot > GAP + 1:
             yield ordered[begun:i]
             begun = i
 
 
-def _rows(spans: Sequence[Span], device: torch.device) -> slice | torch.Tensor:
-    """Of all spans in turn: a slice where each begins where the one before ended."""
-    if all(a[1] == b[0] for a, b in pairwise(spans)):
-        return slice(spans[0][0], spans[-1][1])
-    return torch.from_numpy(np.concatenate([np.arange(start, stop) for start, stop in spans])).to(device)
+_slot = attrgetter("slot")
+
+
+def _rows(at: Sequence[Placed], device: torch.device) -> slice | torch.Tensor:
+    """Of all in turn: a slice where each begins where the one before ended."""
+    if all(a.stop == b.start for a, b in pairwise(at)):
+        return slice(at[0].start, at[-1].stop)
+    return torch.from_numpy(np.concatenate([np.arange(one.start, one.stop) for one in at])).to(device)
 
 
 def unfit(layout: Layout, dtype: torch.dtype) -> str | None:

@@ -20,7 +20,7 @@ from duoserve.decisions import Decisions
 from duoserve.device import Device, Event
 from duoserve.experts import Groups, Weights, combine, expert_function, group
 from duoserve.future import Future
-from duoserve.grouped import Bank, Grouping, Wave
+from duoserve.grouped import Bank, Grouping, Placed, Wave
 from duoserve.int4 import Scratch
 from duoserve.store import Store
 from duoserve.timeline import (
@@ -251,7 +251,7 @@ class Runtime:
                 return Work(_Rows(expert, groups, groups.spans[slot.key.expert], self.transfer.weights(slot)))
 
             bank = self.grouping.of(layer, groups) if self.grouping is not None else None
-            together = None if bank is None else _Together(expert, groups, bank)
+            together = None if bank is None else _Together(expert, groups, bank, self.transfer)
             y: list[torch.Tensor] = []
             last = Work(lambda: y.append(combine(groups, weights_TK, x_TD.dtype)))
             done = self.bring(layer, x_TD.shape[0], tokens, work, last, together)
@@ -385,15 +385,17 @@ class _Rows:
 class _Together:
     """The rows of several experts as one piece of work."""
 
-    __slots__ = ("bank", "expert", "groups")
+    __slots__ = ("bank", "expert", "groups", "transfer")
 
-    def __init__(self, expert: Callable[..., torch.Tensor], groups: Groups, bank: Bank):
-        self.expert, self.groups, self.bank = expert, groups, bank
+    def __init__(self, expert: Callable[..., torch.Tensor], groups: Groups, bank: Bank, transfer: Transfer):
+        self.expert, self.groups, self.bank, self.transfer = expert, groups, bank, transfer
 
     def __call__(self, wave: Sequence[Slot]) -> Work:
-        at = [(slot.index, self.groups.spans[slot.key.expert]) for slot in wave if slot.key is not None]
-        assert len(at) == len(wave), wave
-        return Work(Wave(self.expert, self.groups, self.bank, at))
+        return Work(Wave(self.expert, self.groups, self.bank, [self._placed(slot) for slot in wave]))
+
+    def _placed(self, slot: Slot) -> Placed:
+        assert slot.key is not None, slot
+        return Placed(slot.index, *self.groups.spans[slot.key.expert], self.transfer.weights(slot))
 
 
 class OffloadedExperts(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,13 +14,17 @@ from dep_extension.kernel_choice import (
     Point,
     Shape,
     Table,
+    degree,
     dense,
     grouped,
     measure,
+    multiply,
     pays,
     stages,
     to_json,
 )
+from dep_extension.kernel_table import GROUP, here, shapes_of, table_for
+from duoserve.kernels import kernels
 
 SHAPE = Shape(64, 96, 4, "bfloat16")
 TABLE = Table("here", {SHAPE: (Point(1, 1e-3, 2e-3), Point(10, 2e-3, 2.5e-3), Point(100, 9e-3, 5e-3))})
@@ -110,3 +115,53 @@ def test_stages_pay_only_where_neither_part_grows_much() -> None:
         return 0.01 + 1e-3 * tokens * experts / 8
 
     assert not pays(link, compute, 100, 8, 2) and pays(link, compute, 4000, 8, 2)
+    assert degree(link, compute, 100, 8, 1e-4) == 1  # many stages would be best, and none pays
+    assert degree(link, compute, 100_000, 8, 1e-4) == 8 and degree(link, compute, 100_000, 8, 10.0) == 4
+    assert degree(link, compute, 100_000, 8, 1e4) == 1
+
+
+@pytest.mark.parametrize("counts", [[3, 0, 5, 1], [0, 0, 0, 0], [300, 200, 100, 1]])
+def test_a_chunk_of_rows_is_multiplied_as_the_table_says(counts: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    x, w = torch.randn(sum(counts), 64).bfloat16(), torch.randn(4, 64, 96).bfloat16()
+    taken: list[str] = []
+    for name, function in (("grouped", grouped), ("dense", dense)):
+        monkeypatch.setattr(
+            f"dep_extension.kernel_choice.{name}", lambda *a, _n=name, _f=function: taken.append(_n) or _f(*a)
+        )
+    got = multiply(x, w, counts, TABLE)
+    assert taken == ["grouped" if 0 < sum(counts) < 100 else "dense"]
+    torch.testing.assert_close(got, multiply(x, w, counts), rtol=2e-2, atol=0.2)
+    assert got.shape == (sum(counts), 96)
+
+
+def test_a_table_answers_by_the_nearest_number_of_experts_and_over_all_products() -> None:
+    few, many, other = Shape(8, 8, 2, "float32"), Shape(8, 8, 16, "float32"), Shape(4, 8, 2, "float32")
+    quick, slow = (Point(1, 1e-3, 2e-3),), (Point(1, 9e-3, 2e-3),)
+    table = Table("here", {few: quick, many: slow, other: slow})
+    assert table.nearest(Shape(8, 8, 1, "float32")) == table.nearest(Shape(8, 8, 5, "float32")) == few
+    assert table.nearest(Shape(8, 8, 6, "float32")) == table.nearest(Shape(8, 8, 999, "float32")) == many
+    assert table.grouped([(8, 8)], 4, "float32", 1) and not table.grouped([(8, 8)], 20, "float32", 1)
+    assert not table.grouped([(8, 8), (4, 8)], 2, "float32", 1)  # 10 ms together, 4 ms one by one
+    with pytest.raises(ValueError, match="not 8x9 x 2 float32: measure it"):
+        table.grouped([(8, 8), (8, 9)], 2, "float32", 1)
+
+
+def test_a_model_is_measured_within_the_time_given_and_large_numbers_are_left_out() -> None:
+    shapes = shapes_of([(64, 128), (64, 64), (64, 128)], 40, 4, "float32")
+    assert shapes == [Shape(k, n, e, "float32") for k, n in ((64, 128), (64, 64)) for e in (4, GROUP)]
+    assert shapes_of([(1 << 14, 1 << 15)], 8, 2, "float32")[-1].experts == 1  # as many as memory has room for
+    table = table_for(shapes, tokens=(1, 8, 10**7), budget_s=0.4)
+    assert table.machine == here() and set(table.points) == set(shapes)
+    assert all([p.tokens for p in points] == [1, 8] for points in table.points.values())
+
+
+def test_the_command_writes_what_an_engine_reads(
+    toy: Any, load: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "table.json"
+    kernels(str(toy("qwen3_moe")), path, "float32", "cpu", None, 0.3, False)
+    said = capsys.readouterr().out
+    assert said.startswith(here()) and "6 x (64, 96) float32: " in said and "1 tokens each" in said
+    engine = load(toy("qwen3_moe"), dtype="float32", kernels=str(path))
+    assert engine.stats()["kernels"] == {"table": here(), "grouped": 0, "dense": 0, "why": None}
