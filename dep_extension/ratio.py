@@ -1,0 +1,101 @@
+"""How many GPUs should attend, and how often each expert should be there: every ratio that fits, beside the baselines and
+beside expert parallelism without two groups. Knows the solver; knows no files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from dep_extension.colocated import Colocated, colocated
+from dep_extension.cost import Split
+from dep_extension.partition import splits
+from dep_extension.solver import Plan, Problem, findep, findep_of, interleaved, naive, pppipe
+
+ALL_SPLITS = 64  # GPUs up to which every ratio is tried; beyond, GRID of them and then those around the best
+GRID = 24
+
+
+class Row(NamedTuple):
+    """Of one ratio what each way reaches; None where it has no room."""
+
+    split: Split
+    replicas: int
+    naive: Plan | None
+    pppipe: Plan | None
+    findep: Plan | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What there is to choose from. `plan` is the best of all, its order the best of all orders where few enough exist.
+
+    `naive` and `pppipe` are at their own best ratio. `rows`: every ratio that was tried, with `plan`'s replicas.
+    """
+
+    plan: Plan
+    findep: Plan
+    naive: Plan | None
+    pppipe: Plan | None
+    colocated: list[Colocated]
+    rows: list[Row]
+
+
+def compare(problem: Problem, gpus: int, split: Split | None = None, replicas: int | None = None) -> Comparison | None:
+    """The best ratio and number of replicas, or those asked for, beside everything else. None where nothing fits."""
+    found = best_plan(problem, gpus, split, replicas)
+    if found is None:
+        return None
+    at = replace(problem, replicas=found.replicas)
+    tried = [split] if split is not None else list(ratios(at, gpus))
+    rows = [Row(one, at.replicas, naive(at, one), pppipe(at, one), findep(at, one)) for one in tried]
+    return Comparison(
+        interleaved(at, found), found, _best(row.naive for row in rows), _best(row.pppipe for row in rows),
+        colocated(problem, gpus), rows,
+    )  # fmt: skip
+
+
+def _best(plans: Iterable[Plan | None]) -> Plan | None:
+    return max((plan for plan in plans if plan is not None), key=lambda plan: plan.tokens_per_s, default=None)
+
+
+def best_plan(problem: Problem, gpus: int, split: Split | None = None, replicas: int | None = None) -> Plan | None:
+    """FinDEP's over all ratios and numbers of replicas, where they are not given."""
+    many = numbers_of_replicas(problem, gpus, split) if replicas is None else [replicas]
+    if split is not None:
+        return findep_of((replace(problem, replicas=r), split) for r in many if r <= split.eg)
+    found = _best(findep_of((p, one) for one in ratios(p, gpus)) for p in (replace(problem, replicas=r) for r in many))
+    if found is None or gpus <= ALL_SPLITS:
+        return found
+    near = replace(problem, replicas=found.replicas)
+    return _best((found, findep_of((near, one) for one in _around(near, gpus, found.split))))
+
+
+def numbers_of_replicas(problem: Problem, gpus: int, split: Split | None = None) -> list[int]:
+    """Powers of two. One where loads are even and GPUs few: copies then cost launches and memory, and nothing is hot."""
+    most = split.eg if split is not None else gpus - 1
+    if problem.skew is None and most <= problem.model.experts:
+        return [1]
+    return [1 << k for k in range(most.bit_length()) if 1 << k <= most]
+
+
+def ratios(problem: Problem, gpus: int) -> Iterator[Split]:
+    """Those worth a look."""
+    found = list(splits(problem.model, gpus, problem.replicas))
+    if gpus <= ALL_SPLITS:
+        yield from found
+        return
+    step = max(1.0, len(found) ** (1 / GRID))
+    at = sorted({min(len(found) - 1, round(step**k) - 1) for k in range(GRID + 1)})
+    even = {round(k * (len(found) - 1) / GRID) for k in range(GRID + 1)}
+    yield from (found[i] for i in sorted({*at, *even}))
+
+
+def _around(problem: Problem, gpus: int, split: Split) -> Iterator[Split]:
+    """Within the grid's next neighbours of a split."""
+    eg, tried = split.eg, sorted(one.eg for one in ratios(problem, gpus))
+    low = max((n for n in tried if n < eg), default=eg)
+    high = min((n for n in tried if n > eg), default=eg)
+    step = max(1, (high - low) // GRID)
+    yield from (Split(gpus - n, n) for n in range(low, high + 1, step))
