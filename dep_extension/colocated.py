@@ -19,10 +19,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from dep_extension.cost import Split, attention_s, shared_s
+from dep_extension.cost import Split, attention_s, expert_line, shared_s
 from dep_extension.imbalance import burden_of_shares
-from dep_extension.partition import ACTIVATIONS, IN_AND_OUT, RESERVE, expert_gpu_bytes
-from dep_extension.solver import Problem, expert_line
+from dep_extension.partition import IN_AND_OUT, RESERVE, expert_gpu_bytes
+from dep_extension.solver import Problem
 
 OVERLAPPED = 2  # micro-batches
 
@@ -46,7 +46,7 @@ class Parts(NamedTuple):
 
     attention: float
     shared: float
-    count: float
+    counts: float
     exchange: float
     expert: float
 
@@ -96,7 +96,8 @@ def _largest(problem: Problem, gpus: int, micro_batches: int, replicas: int) -> 
     free = RESERVE * problem.machine.memory_bytes - model.trunk_bytes - expert_gpu_bytes(model, found.experts)
     hidden = length * model.hidden * model.weight_bytes
     rows = IN_AND_OUT * hidden * model.choices * gpus * float(found.most_C.max()) / model.experts
-    each = micro_batches * (length * model.token_kv_bytes + ACTIVATIONS * hidden) + rows
+    waiting = length * (model.token_kv_bytes + model.token_waiting_bytes)
+    each = micro_batches * waiting + length * model.token_attending_bytes + rows
     return max(0, int(free // each))
 
 
@@ -122,7 +123,7 @@ def _timed(parts: Parts, layers: int, micro_batches: int, overlap: float) -> tup
             attention=overlap * parts.attention, shared=overlap * parts.shared, expert=overlap * parts.expert
         )
         return min(simulate(slow, layers, order) for order in ORDERS)
-    there = parts.count + parts.exchange
+    there = parts.counts + parts.exchange
     beside = max(overlap * parts.shared, there) if parts.shared else there  # shared experts beside the way there
     exposed = beside - overlap * parts.shared + parts.exchange
     return layers * (parts.attention + beside + parts.expert + parts.exchange), layers * exposed
@@ -144,7 +145,7 @@ def simulate(parts: Parts, layers: int, order: str) -> tuple[float, float]:
         spans.append((start, compute))
         if what != "S":
             begin = max(link, compute)
-            link = begin + parts.exchange + (parts.count if what == "A" else 0.0)
+            link = begin + parts.exchange + (parts.counts if what == "A" else 0.0)
             moved.append((begin, link))
             (sent if what == "A" else back)[i] = link
     end = max(compute, link)

@@ -87,7 +87,7 @@ def counted(routes: Iterable[np.ndarray], experts: int, tokens: int, source: str
     rows = []
     for ids_TK in routes:
         for start in range(0, len(ids_TK) - tokens + 1, tokens):
-            rows.append(np.bincount(ids_TK[start : start + tokens].ravel(), minlength=experts)[:experts])
+            rows.append(np.bincount(ids_TK[start : start + tokens].ravel(), minlength=experts)[:experts].tolist())
     if not rows:
         raise ValueError(f"no layer has the {tokens} tokens that a chunk is counted over: give a longer trace")
     return Loads.of(rows, source)
@@ -97,4 +97,4 @@ def zipf(experts: int, exponent: float, chunks: int = 8, seed: int = 0) -> Loads
     """Loads that fall as 1 / place ** exponent, in each chunk other experts first; 0 is balanced. Made, not measured."""
     falling_E = 1 / np.arange(1, experts + 1) ** exponent
     draw = np.random.default_rng(seed)
-    return Loads.of([draw.permutation(falling_E) for _ in range(chunks)], f"made: Zipf {exponent:g}")
+    return Loads.of([draw.permutation(falling_E).tolist() for _ in range(chunks)], f"made: Zipf {exponent:g}")

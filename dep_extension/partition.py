@@ -1,23 +1,21 @@
 """What fits where: how many samples an attention GPU has room for, how many GPUs the experts need at least, which rank holds
 which. Knows sizes; knows nothing of time.
 
-    attention GPU   attention and shared experts of all layers, whole; keys and values and activations of r1 micro-batches
+    attention GPU   attention and shared experts of all layers, whole; what r1 micro-batches keep there
     expert GPU      its share of every layer's routed experts, and a micro-batch's rows on their way in and out
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 from dep_extension.cost import Machine, Model, Split
 
 RESERVE = 0.9  # of a GPU's memory is planned with: the rest is the allocator's, the libraries' and the driver's
-ACTIVATIONS = (
-    8  # times the hidden states of a micro-batch that its pass holds at once, projections and attention included
-)
 IN_AND_OUT = 2  # times an expert GPU's rows: as they came, and what becomes of them
 
 
@@ -26,14 +24,16 @@ class Room:
     """Bytes that a GPU of each group has beside its weights, and what a sample takes of them."""
 
     free_bytes: float  # of an attention GPU
-    kv_bytes: float  # of a sample, in all layers
-    active_bytes: float  # of a sample that is being computed
+    waiting_bytes: (
+        float  # of a sample there as long as it is: keys and values of all layers, and what went to the experts
+    )
+    attending_bytes: float  # of a sample whose micro-batch attends
     expert_free_bytes: float = math.inf
     rows_bytes: float = 0.0  # on an expert GPU, of a micro-batch with one sample on each attention GPU
 
     def holds(self, samples: int, r1: int) -> bool:
-        """Keys and values of all micro-batches, activations of each: all are between two of their layers at once. An expert
-        GPU has one micro-batch's rows: those of the next come in as its own go out."""
+        """All micro-batches wait, one attends at a time. An expert GPU has one micro-batch's rows: those of the next come in
+        as its own go out."""
         return samples >= 1 and r1 >= 1 and r1 <= largest_r1(self, samples)
 
 
@@ -48,11 +48,10 @@ def room(
     if experts > memory or free <= 0:
         return None
     rows = length * split.ag * model.choices * (model.experts / split.eg if most is None else most) / model.experts
-    hidden = length * model.hidden * model.weight_bytes
     return Room(
         free,
-        length * model.token_kv_bytes,
-        ACTIVATIONS * hidden,
+        length * (model.token_kv_bytes + model.token_waiting_bytes),
+        length * model.token_attending_bytes,
         memory - experts,
         IN_AND_OUT * rows * model.hidden * model.weight_bytes,
     )
@@ -63,16 +62,38 @@ def expert_gpu_bytes(model: Model, local: int) -> float:
     return local * model.layers * model.expert_bytes
 
 
+class Need(NamedTuple):
+    """What the fuller GPU of a split needs at least, and the split that needs least."""
+
+    split: Split
+    n_bytes: float
+
+
+def least(model: Model, splits: Iterable[Split], length: int, samples: int | None, micro_batches: int) -> Need:
+    """Of these splits: weights and one sample on each attention GPU, or `samples` in all, in so many micro-batches."""
+    found = []
+    for split in splits:
+        each = 1 if samples is None else math.ceil(samples / split.ag)
+        at_once = math.ceil(each / micro_batches)
+        hidden = length * model.hidden * model.weight_bytes
+        waiting = each * length * (model.token_kv_bytes + model.token_waiting_bytes)
+        attention = model.trunk_bytes + waiting + at_once * length * model.token_attending_bytes
+        rows = IN_AND_OUT * hidden * at_once * split.ag * model.choices / split.eg
+        local = math.ceil(model.experts / split.eg)
+        found.append(Need(split, max(attention, expert_gpu_bytes(model, local) + rows) / RESERVE))
+    return min(found, key=lambda need: need.n_bytes)
+
+
 def largest_r1(fits: Room, samples: int) -> int:
     """Micro-batches of `samples` each that fit."""
     if samples * fits.rows_bytes > fits.expert_free_bytes:
         return 0
-    return int(fits.free_bytes // (samples * (fits.kv_bytes + fits.active_bytes)))
+    return max(0, int((fits.free_bytes / samples - fits.attending_bytes) // fits.waiting_bytes))
 
 
 def largest_samples(fits: Room) -> int:
     """The most in one micro-batch."""
-    attended = fits.free_bytes // (fits.kv_bytes + fits.active_bytes)
+    attended = fits.free_bytes // (fits.waiting_bytes + fits.attending_bytes)
     passed = fits.expert_free_bytes // fits.rows_bytes if fits.rows_bytes else math.inf
     return int(min(attended, passed))
 

@@ -2,6 +2,8 @@
 its bounds; knows nothing of how a plan is found or run.
 
     {"kind": "duoserve-dep-plan", "version": 1, "model": str, "machine": str, "plan": {the fields of Plan}}
+
+There may be "beside": what else was computed, for people and scripts; it is not read.
 """
 
 from __future__ import annotations
@@ -54,6 +56,8 @@ def read(path: Path) -> Saved:
     """As `load`, with the names of its model and machine."""
     try:
         data = json.loads(_bytes(path), parse_constant=_refuse, object_pairs_hook=_once)
+        if isinstance(data, dict):
+            data.pop("beside", None)
         _only(data, {"kind", "version", "model", "machine", "plan"})
         if data["kind"] != KIND or data["version"] != VERSION or type(data["version"]) is not int:
             raise ValueError(f"is {_shown(data['kind'])} version {_shown(data['version'])}, not {KIND} {VERSION}")

@@ -31,7 +31,8 @@ class Row(NamedTuple):
 class Comparison:
     """What there is to choose from. `plan` is the best of all, its order the best of all orders where few enough exist.
 
-    `naive` and `pppipe` are at their own best ratio. `rows`: every ratio that was tried, with `plan`'s replicas.
+    `naive` and `pppipe` are at their own best ratio and number of replicas. `rows`: every ratio that was tried, with the
+    plan's replicas.
     """
 
     plan: Plan
@@ -48,12 +49,27 @@ def compare(problem: Problem, gpus: int, split: Split | None = None, replicas: i
     if found is None:
         return None
     at = replace(problem, replicas=found.replicas)
-    tried = [split] if split is not None else list(ratios(at, gpus))
-    rows = [Row(one, at.replicas, naive(at, one), pppipe(at, one), findep(at, one)) for one in tried]
+    rows = [Row(one, at.replicas, naive(at, one), pppipe(at, one), findep(at, one)) for one in _tried(at, gpus, split)]
+    sites = [(other, one) for other in _near(problem, gpus, found, replicas) for one in _tried(other, gpus, split)]
     return Comparison(
-        interleaved(at, found), found, _best(row.naive for row in rows), _best(row.pppipe for row in rows),
-        colocated(problem, gpus), rows,
-    )  # fmt: skip
+        interleaved(at, found),
+        found,
+        _best(naive(*site) for site in sites),
+        _best(pppipe(*site) for site in sites),
+        colocated(problem, gpus),
+        rows,
+    )
+
+
+def _tried(problem: Problem, gpus: int, split: Split | None) -> list[Split]:
+    return [split] if split is not None else list(ratios(problem, gpus))
+
+
+def _near(problem: Problem, gpus: int, found: Plan, replicas: int | None) -> list[Problem]:
+    """With what numbers of replicas baselines are tried: all on few GPUs, on many the plan's and its neighbours."""
+    many = numbers_of_replicas(problem, gpus) if replicas is None else [replicas]
+    near = [r for r in many if gpus <= ALL_SPLITS or found.replicas / 2 <= r <= found.replicas * 2]
+    return [replace(problem, replicas=r) for r in near]
 
 
 def _best(plans: Iterable[Plan | None]) -> Plan | None:

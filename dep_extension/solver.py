@@ -27,6 +27,7 @@ from dep_extension.cost import (
     attention_s,
     chunks,
     durations,
+    expert_line,
     expert_s,
     shared_s,
     tokens_per_expert,
@@ -175,11 +176,6 @@ def _lines(problem: Problem, split: Split, found: Burden) -> tuple[Line, Line]:
     return Line(a * machine.overlap, b * machine.overlap), Line(link.a, link.b * model.hidden)
 
 
-def expert_line(model: Model, machine: Machine, held: int) -> Line:
-    """Of a GPU that holds so many experts of a layer, in all the tokens that it gets."""
-    return Line(3 * held * machine.gemm.a, 3 * machine.gemm.b * model.hidden * model.expert_hidden)
-
-
 def best_r2(cost: Callable[[int], float], most: int) -> int:
     """The r2 of least cost, which is convex in 1 / r2 (the paper's Theorem 4): a ternary search, then the neighbours."""
     low, high = 1, most
@@ -211,7 +207,7 @@ def findep_of(sites: Iterable[Site]) -> Plan | None:
     found.sort(key=lambda pair: -pair[1].estimate)
     near = [pair for pair in found[:MOST_SIMULATED] if pair[1].estimate >= NEAR * found[0][1].estimate]
     simulated = near if len(near) > SIMULATED else found[:SIMULATED]
-    (problem, split), best = max(simulated, key=lambda pair: _simulated(*pair[0], pair[1]))
+    (problem, split), best = max(simulated, key=lambda pair: _simulated(pair[0][0], pair[0][1], pair[1]))
     if problem.skew is not None:
         best = max(_other_r2(problem, split, best), key=lambda c: _simulated(problem, split, c))
     return scored(problem, split, best.cut, best.order, "FinDEP")
@@ -427,6 +423,6 @@ def after_loss(problem: Problem, plan: Plan, lost: Collection[int] = (0,)) -> Af
 
 
 __all__ = [
-    "AfterLoss", "Cut", "Plan", "Problem", "Room", "aass_s", "after_loss", "asas_s", "best_r2", "best_split", "expert_line",
+    "AfterLoss", "Cut", "Plan", "Problem", "Room", "aass_s", "after_loss", "asas_s", "best_r2", "best_split",
     "findep", "findep_of", "interleaved", "naive", "pppipe", "printed_s", "scored", "work_of",
 ]  # fmt: skip

@@ -29,18 +29,23 @@ FLOORS = {
     8: {"conversation", "measure", "outlook", "service"},
     9: {"api", "doctor", "remote", "repl"},
     10: {"opening"},
-    11: {"contender", "learning", "matrix", "serving", "showing", "simulating", "tracing"},
-    12: {"benching"},
+    11: {
+        *("contender", "deppicture", "depsubject", "learning", "matrix", "serving", "showing", "simulating", "tracing"),
+    },
+    12: {"benching", "dep"},
     13: {"cli"},
 }
 ROOF = {
     "cli",
+    "dep",
+    "deppicture",
+    "depsubject",
     "learning",
     "opening",
     "serving",
     "simulating",
     "tracing",
-}  # these alone join what learns and what serves
+}  # these alone join what learns, what plans for several GPUs and what serves
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 SIDE_BY_SIDE = {
     ("cap", "config"),
