@@ -28,37 +28,47 @@ class Row(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """What there is to choose from. `plan` is the best of all, its order the best of all orders where few enough exist.
+class Ways:
+    """What can be reached, each way at its own best ratio and number of replicas; None or empty where it has no room."""
 
-    `naive` and `pppipe` are at their own best ratio and number of replicas. `rows`: every ratio that was tried, with the
-    plan's replicas.
-    """
-
-    plan: Plan
     findep: Plan
     naive: Plan | None
     pppipe: Plan | None
     colocated: list[Colocated]
+
+
+def ways(problem: Problem, gpus: int, split: Split | None = None, replicas: int | None = None) -> Ways | None:
+    """The best of each way, of the ratio and number of replicas asked for. None where the model fits no split."""
+    found = best_plan(problem, gpus, split, replicas)
+    if found is None:
+        return None
+    sites = [(other, one) for other in _near(problem, gpus, found, replicas) for one in _tried(other, gpus, split)]
+    baselines = (_best(solve(*site) for site in sites) for solve in (naive, pppipe))
+    return Ways(found, *baselines, colocated(problem, gpus))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """`plan`: FinDEP's of `ways`, with the best order of all. `rows`: every ratio that was tried, with its replicas."""
+
+    plan: Plan
+    ways: Ways
     rows: list[Row]
 
 
 def compare(problem: Problem, gpus: int, split: Split | None = None, replicas: int | None = None) -> Comparison | None:
     """The best ratio and number of replicas, or those asked for, beside everything else. None where nothing fits."""
-    found = best_plan(problem, gpus, split, replicas)
+    found = ways(problem, gpus, split, replicas)
     if found is None:
         return None
-    at = replace(problem, replicas=found.replicas)
-    rows = [Row(one, at.replicas, naive(at, one), pppipe(at, one), findep(at, one)) for one in _tried(at, gpus, split)]
-    sites = [(other, one) for other in _near(problem, gpus, found, replicas) for one in _tried(other, gpus, split)]
-    return Comparison(
-        interleaved(at, found),
-        found,
-        _best(naive(*site) for site in sites),
-        _best(pppipe(*site) for site in sites),
-        colocated(problem, gpus),
-        rows,
-    )
+    at = replace(problem, replicas=found.findep.replicas)
+    return Comparison(interleaved(at, found.findep), found, rows_of(at, gpus, split))
+
+
+def rows_of(problem: Problem, gpus: int, split: Split | None = None) -> list[Row]:
+    """Of every ratio, with the problem's number of replicas."""
+    tried = _tried(problem, gpus, split)
+    return [Row(at, problem.replicas, *(solve(problem, at) for solve in (naive, pppipe, findep))) for at in tried]
 
 
 def _tried(problem: Problem, gpus: int, split: Split | None) -> list[Split]:

@@ -396,7 +396,9 @@ def best_split(
 ) -> Plan | None:
     """Over every ratio of attention to expert GPUs."""
     many = problem.machine.gpus if gpus is None else gpus
-    found = [plan for split in splits(problem.model, many) if (plan := solve(problem, split)) is not None]
+    found = [
+        plan for split in splits(problem.model, many, problem.replicas) if (plan := solve(problem, split)) is not None
+    ]
     return max(found, key=lambda plan: plan.tokens_per_s, default=None)
 
 

@@ -72,6 +72,9 @@ def plan(
 
     _check(gpus, batch, length, max_r1, replicas)
     split = _split(ratio, gpus)
+    if split is not None and replicas is not None and replicas > split.eg:
+        what = f"--replicas {replicas} on {split.eg} expert GPUs of --ratio {ratio}"
+        raise Refusal("E_OPTION", what, "ask for no more replicas than expert GPUs")
     for path in (save, png, perfetto):
         if path is not None and not path.absolute().parent.is_dir():
             raise Refusal("E_IO", f"{path.parent} is no folder", "give a file in one that is there")
@@ -126,10 +129,8 @@ def _problem(
     from dep_extension.solver import Problem
     from duoserve.depsubject import known_loads, known_machine, known_model
 
-    rate = float(parse_size(link, "link")) if link is not None else None
-    room = float(parse_size(memory, "memory")) if memory is not None else None
     shape = known_model(model, machine)
-    costs = known_machine(machine, shape, gpus, rate, room)
+    costs = known_machine(machine, shape, gpus, _rate(link), _room(memory))
     if gpus > costs.gpus:
         what = f"machine {costs.name} has {costs.gpus} GPUs, --gpus says {gpus}"
         raise Refusal("E_OPTION", what, "ask for no more, or see `duoserve dep simulate`")
@@ -196,18 +197,23 @@ def _ways(found: Comparison) -> Iterator[tuple[str, str]]:
     yield "", ""
     yield "way", f"{'tokens/s':>12s}{'of plan':>9s}{'exposed':>12s}  at"
     best = found.plan.tokens_per_s
-    plans = [("naive DEP", found.naive), ("PPPipe", found.pppipe), ("FinDEP", found.findep), ("free order", found.plan)]
+    plans = [
+        ("naive DEP", found.ways.naive),
+        ("PPPipe", found.ways.pppipe),
+        ("FinDEP", found.ways.findep),
+        ("free order", found.plan),
+    ]
     for name, one in plans:
         if one is not None:
             at = f"{one.split.ag}:{one.split.eg}, r1 {one.r1}, r2 {one.r2}"
             yield name, f"{one.tokens_per_s:12,.0f}{one.tokens_per_s / best:9.3f}{_ms(one.exposed_s):>12s}  {at}"
-    for other in found.colocated:
+    for other in found.ways.colocated:
         at = f"{other.gpus} GPUs, {other.micro_batches} x {other.samples} samples, {_copies(other.replicas)}"
         name = "colocated" if other.micro_batches == 1 else "colocated, two"
         yield name, f"{other.tokens_per_s:12,.0f}{other.tokens_per_s / best:9.3f}{_ms(other.exposed_s):>12s}  {at}"
-    if not found.colocated:
+    if not found.ways.colocated:
         yield "colocated", "has no room"
-    if any(other.tokens_per_s > best for other in found.colocated):
+    if any(other.tokens_per_s > best for other in found.ways.colocated):
         yield "", "expert parallelism without two groups is the faster one here"
 
 
@@ -217,7 +223,7 @@ def _ratios(found: Comparison) -> Iterator[tuple[str, str]]:
     for row in found.rows:
         cells = [f"{p.tokens_per_s:12,.0f}" if p is not None else f"{'no room':>12s}" for p in row[2:]]
         yield f"{row.split.ag}:{row.split.eg}", "".join(cells)
-    for other in found.colocated:
+    for other in found.ways.colocated:
         yield f"all {other.gpus}", f"{other.tokens_per_s:12,.0f}   {other.name}"
 
 
@@ -239,7 +245,7 @@ def _ms(seconds: float) -> str:
 
 
 def _beside(problem: Problem, found: Comparison) -> dict[str, Any]:
-    plans = {"naive": found.naive, "pppipe": found.pppipe, "findep": found.findep}
+    plans = {"naive": found.ways.naive, "pppipe": found.ways.pppipe, "findep": found.ways.findep}
     rows = [
         {"split": list(row.split)}
         | {name: plan and plan.tokens_per_s for name, plan in zip(plans, row[2:], strict=True)}
@@ -249,13 +255,56 @@ def _beside(problem: Problem, found: Comparison) -> dict[str, Any]:
         "simulated": True, "costs": problem.machine.source, "length": problem.length, "batch": problem.samples,
         "loads": problem.skew and problem.skew.source, "gap": found.plan.gap,
         **{name: plan and _figures(plan) for name, plan in plans.items()},
-        "colocated": [asdict(other) for other in found.colocated], "ratios": rows,
+        "colocated": [asdict(other) for other in found.ways.colocated], "ratios": rows,
     }  # fmt: skip
 
 
 def _figures(plan: Plan) -> dict[str, Any]:
     names = ("samples", "r1", "r2", "replicas", "makespan_s", "bound_s", "exposed_s", "tokens_per_s")
     return {"split": list(plan.split), "order": _order(plan)} | {name: getattr(plan, name) for name in names}
+
+
+@dep.command()
+def simulate(
+    model: ModelName = None,
+    machine: MachineName = "A",
+    gpus: Annotated[str, typer.Option(help="GPUs in all, several with commas, up to 4096.")] = "8",
+    length: Annotated[str, typer.Option(help="Tokens of a sample, several with commas.")] = "1024,2048,4096,8192",
+    skew: Annotated[str, typer.Option(help="Exponents of Zipf's law over experts, several with commas.")] = "0",
+    link_speed: Annotated[str, typer.Option(help="Links so many times as fast, several with commas.")] = "1",
+    batch: Annotated[int | None, typer.Option(help="Samples in all. Default: as many as fit.")] = None,
+    max_r1: Annotated[int, typer.Option("--max-r1", help="Micro-batches at most.")] = 8,
+    link: LinkRate = None,
+    memory: Memory = None,
+    ratios: Annotated[bool, typer.Option("--ratios", help="Every ratio of each, not the best alone.")] = False,
+    png: Annotated[Path | None, typer.Option("--png", help="Draw it over one or two of the things that vary.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
+) -> None:
+    """Sweep GPUs, lengths, skew and links, each way at its best. More GPUs than the machine has are as if joined alike."""
+    from duoserve import depsweep
+    from duoserve.depsubject import known_machine, known_model
+
+    grid = depsweep.Grid.read(gpus, length, skew, link_speed)
+    _check(max(2, min(grid.gpus)), batch, min(grid.length), max_r1, None)
+    if png is not None:
+        depsweep.check_picture(grid, png)
+    shape = known_model(model, machine)
+    costs = known_machine(machine, shape, max(grid.gpus), _rate(link), _room(memory))
+    cells = []
+    for cell in depsweep.swept(grid, shape, costs, batch, max_r1, ratios):
+        cells.append(cell)
+        for line in depsweep.lines(cell, as_json, first=len(cells) == 1):
+            print(line, flush=True)
+    if png is not None:
+        depsweep.draw(png, grid, cells, f"{shape.name} on {costs.name}")
+
+
+def _rate(link: str | None) -> float | None:
+    return float(parse_size(link, "link")) if link is not None else None
+
+
+def _room(memory: str | None) -> float | None:
+    return float(parse_size(memory, "memory")) if memory is not None else None
 
 
 def register(app: typer.Typer) -> None:

@@ -28,10 +28,8 @@ FLOORS = {
     7: {"engine", "specimens"},
     8: {"conversation", "measure", "outlook", "service"},
     9: {"api", "doctor", "remote", "repl"},
-    10: {"opening"},
-    11: {
-        *("contender", "deppicture", "depsubject", "learning", "matrix", "serving", "showing", "simulating", "tracing"),
-    },
+    10: {"deppicture", "depsubject", "opening"},
+    11: {"contender", "depsweep", "learning", "matrix", "serving", "showing", "simulating", "tracing"},
     12: {"benching", "dep"},
     13: {"cli"},
 }
@@ -40,6 +38,7 @@ ROOF = {
     "dep",
     "deppicture",
     "depsubject",
+    "depsweep",
     "learning",
     "opening",
     "serving",
