@@ -54,6 +54,7 @@ class Model:
     weight_bytes: float = 2.0
     kv_bytes: float = 2.0
     kv_elements: int | None = None  # of a token in a layer; None: heads * (d_k + d_v)
+    projections: int | None = None  # weights of a layer's attention; None: multi-head, as the paper counts them
 
     @property
     def expert_bytes(self) -> float:
@@ -61,10 +62,17 @@ class Model:
         return 3 * self.hidden * self.expert_hidden * self.weight_bytes
 
     @property
+    def attention_weights(self) -> int:
+        """Of one layer."""
+        if self.projections is not None:
+            return self.projections
+        return 2 * self.hidden * self.heads * (self.d_k + self.d_v)
+
+    @property
     def trunk_bytes(self) -> float:
         """Of attention and shared experts of all layers."""
-        attention = 2 * self.hidden * self.heads * (self.d_k + self.d_v)
-        return self.layers * self.weight_bytes * (attention + 3 * self.shared * self.hidden * self.expert_hidden)
+        shared = 3 * self.shared * self.hidden * self.expert_hidden
+        return self.layers * self.weight_bytes * (self.attention_weights + shared)
 
     @property
     def token_kv_bytes(self) -> float:
@@ -87,15 +95,40 @@ class Machine:
     overlap: float = 1.0
     source: str = ""
 
+    def __post_init__(self) -> None:
+        """ValueError where something is no cost: not finite, negative, or none at all."""
+        lines = {"gemm": self.gemm, "attention": self.attention} | {
+            f"link {tuple(at)}": x for at, x in self.links.items()
+        }
+        values = {f"{what}.{part}": getattr(line, part) for what, line in lines.items() for part in Line._fields}
+        values |= {"memory_bytes": self.memory_bytes, "count_s": self.count_s, "overlap": self.overlap}
+        for what, value in values.items():
+            least = 1.0 if what in ("memory_bytes", "overlap") else 0.0
+            if not least <= value < math.inf:
+                raise ValueError(f"{what} of machine {self.name!r} is {value}, a cost is finite and at least {least:g}")
+        if self.gpus < 2 or not self.links:
+            counted = f"{self.gpus} GPUs and {len(self.links)} links"
+            raise ValueError(f"machine {self.name!r} has {counted}: two groups are at least 2 GPUs and 1 link")
+
     def link(self, split: Split) -> Line:
-        """Of this split; between fitted ones the line of the nearest ratio, its slope scaled to what an expert GPU's
-        share of the traffic has to pass."""
+        """Of this split. Between fitted ones the line between their lines, by the share of GPUs that attend; beyond them a
+        slope goes on rising where it rises, and is never below the nearest fitted one."""
         if split in self.links:
             return self.links[split]
-        ratio = math.log(split.ag / split.eg)
-        near = min(self.links, key=lambda known: abs(math.log(known.ag / known.eg) - ratio))
-        a, b = self.links[near]
-        return Line(a, b * max(1.0, split.ag / split.eg) / max(1.0, near.ag / near.eg))
+        known = sorted((_share(at), line) for at, line in self.links.items())
+        at = _share(split)
+        right = min(max(1, sum(share < at for share, _ in known)), len(known) - 1)
+        if right == 0:
+            return known[0][1]
+        (x0, low), (x1, high) = known[right - 1 : right + 1]
+        w = (at - x0) / (x1 - x0) if x1 > x0 else 0.0
+        inside = min(max(w, 0.0), 1.0)
+        near = Line(*(p + inside * (q - p) for p, q in zip(low, high, strict=True)))
+        return Line(near.a, max(near.b, low.b + w * (high.b - low.b)))
+
+
+def _share(split: Split) -> float:
+    return split.ag / (split.ag + split.eg)
 
 
 class Durations(NamedTuple):
@@ -111,10 +144,9 @@ class Durations(NamedTuple):
 
 
 def attention_s(model: Model, machine: Machine, samples: int, length: int) -> float:
-    """Of one layer: multi-head attention as the paper counts it."""
-    tokens, m = samples * length, model
-    projections = 2 * machine.gemm(tokens * m.hidden * m.heads * m.d_k)
-    projections += 2 * machine.gemm(tokens * m.hidden * m.heads * m.d_v)
+    """Of one layer: four projections and the attention itself, as the paper counts them."""
+    m = model
+    projections = 4 * machine.gemm.a + machine.gemm.b * samples * length * m.attention_weights
     return projections + machine.attention(m.heads * samples * length**2 * (m.d_k + m.d_v))
 
 
