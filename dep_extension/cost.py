@@ -82,8 +82,9 @@ class Model:
 
 @dataclass(frozen=True)
 class Machine:
-    """Fitted costs, in seconds; `links` by split. `memory_bytes` of one GPU. `overlap`: how much slower compute runs beside
-    a transfer (1: not at all). `count_s`: seconds of the exchange of counts."""
+    """Fitted costs, in seconds; `links` by split. `memory_bytes` of one GPU. `experts`: of one product for all experts of a
+    GPU, x = experts m k n; None: a product for each of them, as the paper counts. `overlap`: how much slower compute runs
+    beside a transfer (1: not at all). `count_s`: seconds of the exchange of counts."""
 
     name: str
     gpus: int
@@ -94,12 +95,12 @@ class Machine:
     count_s: float = 0.0
     overlap: float = 1.0
     source: str = ""
+    experts: Line | None = None
 
     def __post_init__(self) -> None:
         """ValueError where something is no cost: not finite, negative, or none at all."""
-        lines = {"gemm": self.gemm, "attention": self.attention} | {
-            f"link {tuple(at)}": x for at, x in self.links.items()
-        }
+        lines = {"gemm": self.gemm, "attention": self.attention, "experts": self.experts or self.gemm}
+        lines |= {f"link {tuple(at)}": x for at, x in self.links.items()}
         values = {f"{what}.{part}": getattr(line, part) for what, line in lines.items() for part in Line._fields}
         values |= {"memory_bytes": self.memory_bytes, "count_s": self.count_s, "overlap": self.overlap}
         for what, value in values.items():
@@ -159,6 +160,8 @@ def shared_s(model: Model, machine: Machine, samples: int, length: int) -> float
 def expert_s(model: Model, machine: Machine, split: Split, tokens: float) -> float:
     """`tokens` for each of a GPU's experts."""
     local = math.ceil(model.experts / split.eg)
+    if machine.experts is not None:
+        return 3 * machine.experts(local * tokens * model.hidden * model.expert_hidden)
     return 3 * local * machine.gemm(tokens * model.hidden * model.expert_hidden)
 
 
