@@ -79,6 +79,18 @@ class Model:
         elements = self.heads * (self.d_k + self.d_v) if self.kv_elements is None else self.kv_elements
         return self.layers * elements * self.kv_bytes
 
+    @property
+    def token_waiting_bytes(self) -> float:
+        """Of a token whose micro-batch is away at the experts: its residual and normed states, the rows that went (kept until
+        they are back, in case an expert GPU is lost), and room for those that come. Of every micro-batch at once."""
+        return (2 + 2 * self.choices) * self.hidden * self.weight_bytes
+
+    @property
+    def token_attending_bytes(self) -> float:
+        """Of a token while its layer attends: queries, keys, values and what attention makes of them, multi-head. Of one
+        micro-batch at a time."""
+        return 2 * self.heads * (self.d_k + self.d_v) * self.weight_bytes
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -157,12 +169,18 @@ def shared_s(model: Model, machine: Machine, samples: int, length: int) -> float
     return 3 * model.shared * machine.gemm(samples * length * model.hidden * model.expert_hidden)
 
 
+def expert_line(model: Model, machine: Machine, held: int) -> Line:
+    """Of a GPU that holds so many experts of a layer, in all the tokens that it gets."""
+    macs = model.hidden * model.expert_hidden
+    if machine.experts is not None:
+        return Line(3 * machine.experts.a, 3 * machine.experts.b * macs)
+    return Line(3 * held * machine.gemm.a, 3 * machine.gemm.b * macs)
+
+
 def expert_s(model: Model, machine: Machine, split: Split, tokens: float) -> float:
     """`tokens` for each of a GPU's experts."""
     local = math.ceil(model.experts / split.eg)
-    if machine.experts is not None:
-        return 3 * machine.experts(local * tokens * model.hidden * model.expert_hidden)
-    return 3 * local * machine.gemm(tokens * model.hidden * model.expert_hidden)
+    return expert_line(model, machine, local)(local * tokens)
 
 
 def link_s(model: Model, machine: Machine, split: Split, tokens: float) -> float:

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from dep_extension import testbeds
-from dep_extension.cost import Line, Split, attention_s, link_s, shared_s
+from dep_extension.cost import Line, Split, attention_s, expert_line, expert_s, link_s, shared_s
 from dep_extension.partition import room
 
 A, B, C, D = (testbeds.named(name) for name in "ABCD")
@@ -69,6 +69,25 @@ def test_models_are_cut_to_the_layers_of_their_machine() -> None:
     for name in testbeds.models():
         for bed, split in (("A", Split(3, 5)), ("B", Split(4, 4)), ("C", Split(4, 4)), ("D", Split(8, 24))):
             assert room(testbeds.model(name, bed), testbeds.named(bed), split, 8192) is not None, (name, bed)
+
+
+def test_what_a_token_keeps_is_what_its_cache_and_its_rows_are() -> None:
+    whole = replace(DEEPSEEK, layers=60)
+    assert whole.token_kv_bytes == pytest.approx(69_120)  # MLA keeps 576 elements of a token in a layer, 60 layers
+    multi_head = replace(whole, kv_elements=None)
+    assert whole.token_kv_bytes < 0.02 * multi_head.token_kv_bytes
+    assert DEEPSEEK.token_waiting_bytes == (2 + 2 * 6) * 5120 * 2  # residual and normed, 6 rows each way
+    assert DEEPSEEK.token_attending_bytes == 128 * (192 + 192 + 128 + 128) * 2  # q, k, v and the sum of values
+
+
+def test_one_product_for_all_experts_is_launched_once() -> None:
+    one = replace(A, experts=A.gemm)
+    apart, together = (expert_line(DEEPSEEK, machine, 32) for machine in (A, one))
+    assert apart.a == pytest.approx(3 * 32 * A.gemm.a) and together.a == pytest.approx(3 * A.gemm.a)
+    assert apart.b == together.b == 3 * A.gemm.b * 5120 * 1536
+    assert expert_s(DEEPSEEK, A, Split(3, 5), 10) - expert_s(DEEPSEEK, one, Split(3, 5), 10) == pytest.approx(
+        3 * 31 * A.gemm.a
+    )
 
 
 def test_exact_projections_are_cheaper_than_multi_head_ones() -> None:
