@@ -81,8 +81,8 @@ class Model:
 
     @property
     def token_waiting_bytes(self) -> float:
-        """Of a token whose micro-batch is away at the experts: its residual and normed states, the rows that went (kept until
-        they are back, in case an expert GPU is lost), and room for those that come. Of every micro-batch at once."""
+        """Of a token whose micro-batch is away at the experts, every micro-batch at once: its residual and normed states,
+        the rows that went (kept until they are back, in case an expert GPU is lost), and room for those that come."""
         return (2 + 2 * self.choices) * self.hidden * self.weight_bytes
 
     @property

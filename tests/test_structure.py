@@ -29,13 +29,14 @@ FLOORS = {
     8: {"conversation", "measure", "outlook", "service"},
     9: {"api", "doctor", "remote", "repl"},
     10: {"deppicture", "depsubject", "opening"},
-    11: {"contender", "depsweep", "learning", "matrix", "serving", "showing", "simulating", "tracing"},
+    11: {"contender", "depcalibrate", "depsweep", "learning", "matrix", "serving", "showing", "simulating", "tracing"},
     12: {"benching", "dep"},
     13: {"cli"},
 }
 ROOF = {
     "cli",
     "dep",
+    "depcalibrate",
     "deppicture",
     "depsubject",
     "depsweep",
