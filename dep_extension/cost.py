@@ -54,6 +54,7 @@ class Model:
     weight_bytes: float = 2.0
     kv_bytes: float = 2.0
     kv_elements: int | None = None  # of a token in a layer; None: heads * (d_k + d_v)
+    projections: int | None = None  # weights of a layer's attention; None: multi-head, as the paper counts them
 
     @property
     def expert_bytes(self) -> float:
@@ -61,21 +62,41 @@ class Model:
         return 3 * self.hidden * self.expert_hidden * self.weight_bytes
 
     @property
+    def attention_weights(self) -> int:
+        """Of one layer."""
+        if self.projections is not None:
+            return self.projections
+        return 2 * self.hidden * self.heads * (self.d_k + self.d_v)
+
+    @property
     def trunk_bytes(self) -> float:
         """Of attention and shared experts of all layers."""
-        attention = 2 * self.hidden * self.heads * (self.d_k + self.d_v)
-        return self.layers * self.weight_bytes * (attention + 3 * self.shared * self.hidden * self.expert_hidden)
+        shared = 3 * self.shared * self.hidden * self.expert_hidden
+        return self.layers * self.weight_bytes * (self.attention_weights + shared)
 
     @property
     def token_kv_bytes(self) -> float:
         elements = self.heads * (self.d_k + self.d_v) if self.kv_elements is None else self.kv_elements
         return self.layers * elements * self.kv_bytes
 
+    @property
+    def token_waiting_bytes(self) -> float:
+        """Of a token whose micro-batch is away at the experts, every micro-batch at once: its residual and normed states,
+        the rows that went (kept until they are back, in case an expert GPU is lost), and room for those that come."""
+        return (2 + 2 * self.choices) * self.hidden * self.weight_bytes
+
+    @property
+    def token_attending_bytes(self) -> float:
+        """Of a token while its layer attends: queries, keys, values and what attention makes of them, multi-head. Of one
+        micro-batch at a time."""
+        return 2 * self.heads * (self.d_k + self.d_v) * self.weight_bytes
+
 
 @dataclass(frozen=True)
 class Machine:
-    """Fitted costs, in seconds; `links` by split. `memory_bytes` of one GPU. `overlap`: how much slower compute runs beside
-    a transfer (1: not at all). `count_s`: seconds of the exchange of counts."""
+    """Fitted costs, in seconds; `links` by split. `memory_bytes` of one GPU. `experts`: of one product for all experts of a
+    GPU, x = experts m k n; None: a product for each of them, as the paper counts. `overlap`: how much slower compute runs
+    beside a transfer (1: not at all). `count_s`: seconds of the exchange of counts."""
 
     name: str
     gpus: int
@@ -86,16 +107,41 @@ class Machine:
     count_s: float = 0.0
     overlap: float = 1.0
     source: str = ""
+    experts: Line | None = None
+
+    def __post_init__(self) -> None:
+        """ValueError where something is no cost: not finite, negative, or none at all."""
+        lines = {"gemm": self.gemm, "attention": self.attention, "experts": self.experts or self.gemm}
+        lines |= {f"link {tuple(at)}": x for at, x in self.links.items()}
+        values = {f"{what}.{part}": getattr(line, part) for what, line in lines.items() for part in Line._fields}
+        values |= {"memory_bytes": self.memory_bytes, "count_s": self.count_s, "overlap": self.overlap}
+        for what, value in values.items():
+            least = 1.0 if what in ("memory_bytes", "overlap") else 0.0
+            if not least <= value < math.inf:
+                raise ValueError(f"{what} of machine {self.name!r} is {value}, a cost is finite and at least {least:g}")
+        if self.gpus < 2 or not self.links:
+            counted = f"{self.gpus} GPUs and {len(self.links)} links"
+            raise ValueError(f"machine {self.name!r} has {counted}: two groups are at least 2 GPUs and 1 link")
 
     def link(self, split: Split) -> Line:
-        """Of this split; between fitted ones the line of the nearest ratio, its slope scaled to what an expert GPU's
-        share of the traffic has to pass."""
+        """Of this split. Between fitted ones the line between their lines, by the share of GPUs that attend; beyond them a
+        slope goes on rising where it rises, and is never below the nearest fitted one."""
         if split in self.links:
             return self.links[split]
-        ratio = math.log(split.ag / split.eg)
-        near = min(self.links, key=lambda known: abs(math.log(known.ag / known.eg) - ratio))
-        a, b = self.links[near]
-        return Line(a, b * max(1.0, split.ag / split.eg) / max(1.0, near.ag / near.eg))
+        known = sorted((_share(at), line) for at, line in self.links.items())
+        at = _share(split)
+        right = min(max(1, sum(share < at for share, _ in known)), len(known) - 1)
+        if right == 0:
+            return known[0][1]
+        (x0, low), (x1, high) = known[right - 1 : right + 1]
+        w = (at - x0) / (x1 - x0) if x1 > x0 else 0.0
+        inside = min(max(w, 0.0), 1.0)
+        near = Line(*(p + inside * (q - p) for p, q in zip(low, high, strict=True)))
+        return Line(near.a, max(near.b, low.b + w * (high.b - low.b)))
+
+
+def _share(split: Split) -> float:
+    return split.ag / (split.ag + split.eg)
 
 
 class Durations(NamedTuple):
@@ -111,10 +157,9 @@ class Durations(NamedTuple):
 
 
 def attention_s(model: Model, machine: Machine, samples: int, length: int) -> float:
-    """Of one layer: multi-head attention as the paper counts it."""
-    tokens, m = samples * length, model
-    projections = 2 * machine.gemm(tokens * m.hidden * m.heads * m.d_k)
-    projections += 2 * machine.gemm(tokens * m.hidden * m.heads * m.d_v)
+    """Of one layer: four projections and the attention itself, as the paper counts them."""
+    m = model
+    projections = 4 * machine.gemm.a + machine.gemm.b * samples * length * m.attention_weights
     return projections + machine.attention(m.heads * samples * length**2 * (m.d_k + m.d_v))
 
 
@@ -124,10 +169,18 @@ def shared_s(model: Model, machine: Machine, samples: int, length: int) -> float
     return 3 * model.shared * machine.gemm(samples * length * model.hidden * model.expert_hidden)
 
 
+def expert_line(model: Model, machine: Machine, held: int) -> Line:
+    """Of a GPU that holds so many experts of a layer, in all the tokens that it gets."""
+    macs = model.hidden * model.expert_hidden
+    if machine.experts is not None:
+        return Line(3 * machine.experts.a, 3 * machine.experts.b * macs)
+    return Line(3 * held * machine.gemm.a, 3 * machine.gemm.b * macs)
+
+
 def expert_s(model: Model, machine: Machine, split: Split, tokens: float) -> float:
     """`tokens` for each of a GPU's experts."""
     local = math.ceil(model.experts / split.eg)
-    return 3 * local * machine.gemm(tokens * model.hidden * model.expert_hidden)
+    return expert_line(model, machine, local)(local * tokens)
 
 
 def link_s(model: Model, machine: Machine, split: Split, tokens: float) -> float:

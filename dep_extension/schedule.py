@@ -130,12 +130,34 @@ def makespan(work: Work, order: Order | Sequence[Turn]) -> float:
 
 def timeline(work: Work, order: Order | Sequence[Turn]) -> list[Task]:
     """Every task with its times, in order of their beginning."""
-    tasks: list[Task] = []
-    _run(work, turns(order, work.r1), tasks)
+    tasks = [
+        Task(run.resource, run.what, run.layer, run.batch, run.chunk + j, float(start), float(end))
+        for run in _runs(work, order)
+        for j, (start, end) in enumerate(zip(run.starts, run.ends, strict=True))
+        if end > start
+    ]
     return sorted(tasks, key=lambda task: (task.start, task.end))
 
 
-def _run(work: Work, order: list[Turn], tasks: list[Task] | None) -> float:
+class _Run(NamedTuple):
+    """Tasks of one kind, layer and micro-batch on one resource, from chunk `chunk` on."""
+
+    resource: Resource
+    what: str
+    layer: int
+    batch: int
+    chunk: int
+    starts: np.ndarray
+    ends: np.ndarray
+
+
+def _runs(work: Work, order: Order | Sequence[Turn]) -> list[_Run]:
+    found: list[_Run] = []
+    _run(work, turns(order, work.r1), found)
+    return found
+
+
+def _run(work: Work, order: list[Turn], runs: list[_Run] | None) -> float:
     ag = a2e = eg = e2a = 0.0  # when each resource is free
     ready_I = np.zeros(work.r1)  # when each micro-batch may attend again
     attended_I, shared_I = np.zeros(work.r1), np.zeros(work.r1)
@@ -146,13 +168,14 @@ def _run(work: Work, order: list[Turn], tasks: list[Task] | None) -> float:
             if what == "A":
                 start = max(ag, ready_I[i])
                 ag = attended_I[i] = start + work.attention_I[i]
-                a2e, eg, e2a = cut.send(layer, i, ag, a2e, eg, e2a, tasks)
+                a2e, eg, e2a = cut.send(layer, i, ag, a2e, eg, e2a, runs)
                 back_I[i] = e2a
             else:
                 start = max(ag, attended_I[i])
                 ag = shared_I[i] = start + work.shared_I[i]
-            if tasks is not None and ag > start:
-                tasks.append(Task(Resource.AG, "attention" if what == "A" else "shared", layer, i, -1, start, ag))
+            if runs is not None:
+                part = "attention" if what == "A" else "shared"
+                runs.append(_Run(Resource.AG, part, layer, i, -1, np.array([start]), np.array([ag])))
         ready_I = np.maximum(back_I, shared_I)
     return float(ready_I.max())
 
@@ -168,7 +191,7 @@ class _Cut:
         self._returned = np.cumsum(work.e2a_IJ, axis=1)
 
     def send(
-        self, layer: int, i: int, ready: float, a2e: float, eg: float, e2a: float, tasks: list[Task] | None
+        self, layer: int, i: int, ready: float, a2e: float, eg: float, e2a: float, runs: list[_Run] | None
     ) -> tuple[float, float, float]:
         """When the three are free again."""
         work = self._work
@@ -176,21 +199,12 @@ class _Cut:
         sent = begin + work.count + self._sent[i]
         computed = _served(sent, eg, work.expert_IJ[i], self._computed[i])
         returned = _served(computed, e2a, work.e2a_IJ[i], self._returned[i])
-        if tasks is not None:
-            if work.count:
-                tasks.append(Task(Resource.A2E, "count", layer, i, -1, begin, begin + work.count))
-            rows = (
-                (Resource.A2E, sent, work.a2e_IJ),
-                (Resource.EG, computed, work.expert_IJ),
-                (Resource.E2A, returned, work.e2a_IJ),
-            )
-            for resource, ends, seconds in rows:
-                what = "expert" if resource is Resource.EG else resource.value.lower()
-                tasks.extend(
-                    Task(resource, what, layer, i, j, float(end - s), float(end))
-                    for j, (end, s) in enumerate(zip(ends, seconds[i], strict=True))
-                    if s > 0
-                )
+        if runs is not None:
+            counted = np.array([begin]), np.array([begin + work.count])
+            runs.append(_Run(Resource.A2E, "count", layer, i, -1, *counted))
+            runs.append(_Run(Resource.A2E, "a2e", layer, i, 0, sent - work.a2e_IJ[i], sent))
+            runs.append(_Run(Resource.EG, "expert", layer, i, 0, computed - work.expert_IJ[i], computed))
+            runs.append(_Run(Resource.E2A, "e2a", layer, i, 0, returned - work.e2a_IJ[i], returned))
         return float(sent[-1]), float(computed[-1]), float(returned[-1])
 
 
@@ -227,30 +241,15 @@ def _chain(work: Work, i: int, sent_J: np.ndarray) -> float:
 
 def exposed_link_s(work: Work, order: Order | Sequence[Turn]) -> float:
     """Seconds during which the link carries something and neither group computes: what the schedule could not hide."""
-    tasks = timeline(work, order)
-    busy = _union([(t.start, t.end) for t in tasks if t.resource in (Resource.AG, Resource.EG)])
-    link = _union([(t.start, t.end) for t in tasks if t.resource in (Resource.A2E, Resource.E2A)])
-    return sum(end - start for start, end in link) - _shared(link, busy)
+    runs = _runs(work, order)
+    busy = [run for run in runs if run.resource in (Resource.AG, Resource.EG)]
+    return max(0.0, _covered(runs) - _covered(busy))
 
 
-def _union(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    merged: list[tuple[float, float]] = []
-    for start, end in sorted(spans):
-        if merged and start <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
-        else:
-            merged.append((start, end))
-    return merged
-
-
-def _shared(a: list[tuple[float, float]], b: list[tuple[float, float]]) -> float:
-    """Seconds that both cover."""
-    i = j = 0
-    total = 0.0
-    while i < len(a) and j < len(b):
-        total += max(0.0, min(a[i][1], b[j][1]) - max(a[i][0], b[j][0]))
-        if a[i][1] < b[j][1]:
-            i += 1
-        else:
-            j += 1
-    return total
+def _covered(runs: list[_Run]) -> float:
+    """Seconds during which at least one of them runs."""
+    starts, ends = np.concatenate([run.starts for run in runs]), np.concatenate([run.ends for run in runs])
+    order = np.argsort(starts, kind="stable")
+    starts, ends = starts[order], ends[order]
+    reached = np.concatenate([starts[:1], np.maximum.accumulate(ends)[:-1]])  # by those that began before
+    return float(np.maximum(0.0, ends - np.maximum(starts, reached)).sum())

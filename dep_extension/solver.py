@@ -13,28 +13,33 @@ The paper prints (r2 - 1) Y once more in the first; the simulation says that it 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 
 from dep_extension.cost import (
+    Line,
     Machine,
     Model,
     Split,
     attention_s,
     chunks,
     durations,
+    expert_line,
     expert_s,
     shared_s,
     tokens_per_expert,
 )
-from dep_extension.partition import Room, largest_r1, largest_samples, room, splits
+from dep_extension.imbalance import Burden, Held, Loads, burden, burden_of_shares
+from dep_extension.partition import Room, largest_r1, largest_samples, room, shares, shares_after, splits
 from dep_extension.schedule import Order, Turn, Work, every_order, exposed_link_s, lower_bound, makespan, turns
 
 MAX_R2 = 64
-SIMULATED = 12  # of the candidates, the best by their closed forms: these are low by a tenth at most
+SIMULATED, MOST_SIMULATED = 12, 48  # of the candidates, those best by their closed forms: these are low by
+NEAR = 0.9  # a tenth at most
+DRAWS = 4  # of measured chunks, that a plan is judged by
 MAX_FREE = 5  # micro-batches up to which all orders of the attention group are tried: 42 of them
 
 
@@ -43,7 +48,8 @@ class Problem:
     """`samples`: of the whole batch, over all attention GPUs, where it is fixed; None: as many as fit. Each of `length`
     tokens.
 
-    `skew`: measured loads, (chunks of the measurement, expert GPUs), 1 where balanced; None: all are 1.
+    `skew`: measured loads of the experts; None: all are alike. `replicas`: expert GPUs that hold each expert. `held`: who
+    holds what, of a split with as many expert GPUs; None: as `partition.shares` says.
     """
 
     model: Model
@@ -52,13 +58,34 @@ class Problem:
     samples: int | None = None
     max_r1: int = 8
     max_r2: int = MAX_R2
-    skew: tuple[tuple[float, ...], ...] | None = None
+    skew: Loads | None = None
+    replicas: int = 1
+    held: Held | None = None
 
     def __post_init__(self) -> None:
+        if self.skew is not None and self.skew.experts != self.model.experts:
+            raise ValueError(
+                f"loads are of {self.skew.experts} experts, {self.model.name} has {self.model.experts}: measure them on it"
+            )
         if self.length < 1 or (self.samples is not None and self.samples < 1):
             raise ValueError(
                 f"{self.samples} samples of {self.length} tokens are nothing to plan for: ask for at least 1 of 1"
             )
+
+    def burden(self, split: Split) -> Burden | None:
+        """Of a split's expert GPUs; None where the costs of balanced experts say it all."""
+        if self.skew is None and self.held is None and self.replicas == 1:
+            return None
+        if self.held is None:
+            return burden_of_shares(self.skew, self.model.experts, split.eg, self.replicas)
+        if len(self.held) != split.eg:
+            raise ValueError(f"{len(self.held)} expert GPUs are said to hold experts, the split has {split.eg}")
+        return burden(self.skew, self.held, self.model.experts)
+
+    def room(self, split: Split) -> Room | None:
+        found = self.burden(split)
+        given = (None, None) if found is None else (found.experts, float(found.most_C.max()))
+        return room(self.model, self.machine, split, self.length, *given)
 
 
 @dataclass(frozen=True)
@@ -118,20 +145,47 @@ def _terms(r2: int, attention: float, shared: float, link: float, expert: float)
     return x, y, max(x, r2 * y), attention + 2 * link + expert + (r2 - 1) * y
 
 
-def work_of(problem: Problem, split: Split, cut: Cut) -> Work:
-    """The durations of one cut, its last chunk smaller, skewed where the problem says how."""
+def work_of(problem: Problem, split: Split, cut: Cut, draw: int = 0) -> Work:
+    """The durations of one cut, its last chunk smaller, uneven where the problem says how; `draw`: see `works_of`."""
     many, d = durations(problem.model, problem.machine, split, cut.samples, problem.length, cut.r2)
     even = Work.even(problem.model.layers, cut.r1, many, d.attention, d.shared, d.a2e, d.expert, d.e2a, d.counts)
+    found = problem.burden(split)
+    if found is not None:
+        return _uneven(problem, split, cut, even, found, draw)
     for row, last in ((even.a2e_IJ, d.last[0]), (even.expert_IJ, d.last[1]), (even.e2a_IJ, d.last[2])):
         row[:, -1] = last
-    return even if problem.skew is None else skewed(even, np.array(problem.skew))
+    return even
 
 
-def skewed(work: Work, loads_CG: np.ndarray) -> Work:
-    """Each chunk takes as long as its most loaded GPU; measured chunks are taken in turn."""
-    slowest_C = loads_CG.max(axis=1)
-    at = np.arange(work.expert_IJ.size).reshape(work.expert_IJ.shape) % len(slowest_C)
-    return replace(work, expert_IJ=work.expert_IJ * slowest_C[at])
+def works_of(problem: Problem, split: Split, cut: Cut) -> list[Work]:
+    """Under skew several draws of the measured chunks: who saw one sequence of them alone would plan for that sequence."""
+    found = problem.burden(split)
+    many = DRAWS if found is not None and len(found.most_C) > 1 else 1
+    return [work_of(problem, split, cut, draw) for draw in range(many)]
+
+
+def mean_makespan(works: Sequence[Work], order: Order | Sequence[Turn]) -> float:
+    return sum(makespan(work, order) for work in works) / len(works)
+
+
+def _uneven(problem: Problem, split: Split, cut: Cut, even: Work, found: Burden, draw: int) -> Work:
+    """Each chunk takes as long as its busiest GPU, and so do its transfers; measured chunks are drawn."""
+    whole = tokens_per_expert(problem.model, split, cut.samples, problem.length)
+    _, size, last = chunks(whole, cut.r2)
+    tokens_IJ = np.full(even.expert_IJ.shape, float(size))
+    tokens_IJ[:, -1] = last
+    tokens_IJ *= np.random.default_rng(draw).choice(found.most_C, tokens_IJ.shape)
+    expert, link = _lines(problem, split, found)
+    over_IJ = link.a + link.b * tokens_IJ
+    return replace(even, a2e_IJ=over_IJ, expert_IJ=expert.a + expert.b * tokens_IJ, e2a_IJ=over_IJ)
+
+
+def _lines(problem: Problem, split: Split, found: Burden) -> tuple[Line, Line]:
+    """Expert and link, in what the busiest GPU gets: tokens of a balanced expert times `most`."""
+    model, machine = problem.model, problem.machine
+    a, b = expert_line(model, machine, found.experts)
+    link = machine.link(split)
+    return Line(a * machine.overlap, b * machine.overlap), Line(link.a, link.b * model.hidden)
 
 
 def best_r2(cost: Callable[[int], float], most: int) -> int:
@@ -151,12 +205,33 @@ def findep(problem: Problem, split: Split) -> Plan | None:
 
     None where the model does not fit. With a fixed batch every r1 is tried, since more micro-batches are then smaller ones.
     """
-    candidates = [c for at in _frontier(problem, split) for c in _candidates(problem, split, at)]
-    simulated = [(_simulated(problem, split, c), c) for c in sorted(candidates, key=lambda c: -c.estimate)[:SIMULATED]]
-    if not simulated:
+    return findep_of([(problem, split)])
+
+
+Site = tuple[Problem, Split]
+
+
+def findep_of(sites: Iterable[Site]) -> Plan | None:
+    """The best plan of several splits, or of several numbers of replicas. None where the model fits none of them."""
+    found = [(site, c) for site in sites for at in _frontier(*site) for c in _candidates(*site, at)]
+    if not found:
         return None
-    _, best = max(simulated, key=lambda pair: pair[0])
+    found.sort(key=lambda pair: -pair[1].estimate)
+    near = [pair for pair in found[:MOST_SIMULATED] if pair[1].estimate >= NEAR * found[0][1].estimate]
+    simulated = near if len(near) > SIMULATED else found[:SIMULATED]
+    (problem, split), best = max(simulated, key=lambda pair: _simulated(pair[0][0], pair[0][1], pair[1]))
+    if problem.skew is not None:
+        best = max(_other_r2(problem, split, best), key=lambda c: _simulated(problem, split, c))
     return scored(problem, split, best.cut, best.order, "FinDEP")
+
+
+def _other_r2(problem: Problem, split: Split, found: _Candidate) -> Iterable[_Candidate]:
+    """Closed forms see the mean over measured chunks alone: under skew other numbers of chunks are simulated, too."""
+    samples, r1, r2 = found.cut
+    most = min(problem.max_r2, tokens_per_expert(problem.model, split, samples, problem.length))
+    for n in {*(1 << k for k in range(most.bit_length())), *range(max(1, r2 - 2), min(most, r2 + 2) + 1)}:
+        if n <= most:
+            yield found._replace(cut=Cut(samples, r1, n))
 
 
 class _Candidate(NamedTuple):
@@ -169,7 +244,7 @@ class _Candidate(NamedTuple):
 
 def _simulated(problem: Problem, split: Split, candidate: _Candidate) -> float:
     """Tokens per second."""
-    seconds = makespan(work_of(problem, split, candidate.cut), candidate.order)
+    seconds = mean_makespan(works_of(problem, split, candidate.cut), candidate.order)
     return _tokens(problem, split, candidate.cut) / seconds
 
 
@@ -181,7 +256,7 @@ def _tokens(problem: Problem, split: Split, cut: Cut) -> int:
 
 def _frontier(problem: Problem, split: Split) -> Iterable[tuple[int, int]]:
     """(m_a, r1) worth a look."""
-    fits = room(problem.model, problem.machine, split, problem.length)
+    fits = problem.room(split)
     if fits is None:
         return
     if problem.samples is not None:
@@ -191,6 +266,10 @@ def _frontier(problem: Problem, split: Split) -> Iterable[tuple[int, int]]:
             if fits.holds(samples, r1):
                 yield samples, r1
         return
+    if problem.skew is not None:
+        yield from _all_pairs(
+            problem, split
+        )  # busy chunks of many micro-batches may fall together: fewer can be better
     former = 0
     for samples in range(largest_samples(fits), 0, -1):
         r1 = min(problem.max_r1, largest_r1(fits, samples))
@@ -204,9 +283,9 @@ def _candidates(problem: Problem, split: Split, at: tuple[int, int]) -> Iterable
     most = min(problem.max_r2, tokens_per_expert(problem.model, split, samples, problem.length))
     for order, closed in ((Order.ASAS, asas_s), (Order.AASS, aass_s)):
         cost = _closed_cost(problem, split, samples, r1, closed)
-        r2 = best_r2(cost, most)
-        cut = Cut(samples, r1, r2)
-        yield _Candidate(_tokens(problem, split, cut) / cost(r2), cut, order)
+        for r2 in {best_r2(cost, most)} | ({1} if problem.skew is not None else set()):
+            cut = Cut(samples, r1, r2)
+            yield _Candidate(_tokens(problem, split, cut) / cost(r2), cut, order)
 
 
 def _closed_cost(
@@ -216,40 +295,53 @@ def _closed_cost(
     attention = attention_s(model, machine, samples, problem.length) * machine.overlap
     shared = shared_s(model, machine, samples, problem.length) * machine.overlap
     whole = tokens_per_expert(model, split, samples, problem.length)
-    worst = 1.0 if problem.skew is None else float(np.mean([max(row) for row in problem.skew]))
+    expert_of, link_of = _per_tokens(problem, split)
 
     def cost(r2: int) -> float:
         tokens = whole / r2  # not rounded: convexity is of the exact cut
-        expert = expert_s(model, machine, split, tokens) * machine.overlap * worst
-        link = machine.link(split)(model.experts / split.eg * tokens * model.hidden)
-        return closed(model.layers, r1, r2, attention, shared, link, expert) + machine.count_s * r1
+        found = closed(model.layers, r1, r2, attention, shared, link_of(tokens), expert_of(tokens))
+        return found + machine.count_s * r1
 
     return cost
 
 
+def _per_tokens(problem: Problem, split: Split) -> tuple[Callable[[float], float], Callable[[float], float]]:
+    """Seconds of a chunk on the expert group and of one of its transfers, by tokens of an expert: the mean over chunks."""
+    model, machine = problem.model, problem.machine
+    found = problem.burden(split)
+    if found is None:
+        link = machine.link(split)
+        each = model.experts / split.eg * model.hidden
+        return lambda n: expert_s(model, machine, split, n) * machine.overlap, lambda n: link(each * n)
+    expert, link = _lines(problem, split, found)
+    mean = float(found.most_C.mean())
+    return lambda n: expert(mean * n), lambda n: link(mean * n)
+
+
 def scored(problem: Problem, split: Split, cut: Cut, order: Order | Sequence[Turn], name: str) -> Plan:
-    """A plan with its figures, by simulation."""
-    work = work_of(problem, split, cut)
-    seconds = makespan(work, order)
+    """A plan with its figures, by simulation: under skew means over draws of the measured chunks."""
+    works = works_of(problem, split, cut)
+    seconds = mean_makespan(works, order)
     _, tokens, _ = chunks(tokens_per_expert(problem.model, split, cut.samples, problem.length), cut.r2)
     return Plan(
         name,
         split,
         cut.samples,
         cut.r1,
-        work.r2,
+        works[0].r2,
         tokens,
         tuple(turns(order, cut.r1)),
         seconds,
-        lower_bound(work),
-        exposed_link_s(work, order),
+        sum(map(lower_bound, works)) / len(works),
+        sum(exposed_link_s(work, order) for work in works) / len(works),
         _tokens(problem, split, cut) / seconds,
+        problem.replicas,
     )
 
 
 def naive(problem: Problem, split: Split) -> Plan | None:
     """Everything one after the other: one micro-batch, one chunk."""
-    fits = room(problem.model, problem.machine, split, problem.length)
+    fits = problem.room(split)
     each = None if problem.samples is None else math.ceil(problem.samples / split.ag)
     samples = 0 if fits is None else largest_samples(fits) if each is None else each
     if fits is None or samples == 0 or not fits.holds(samples, 1):
@@ -259,10 +351,15 @@ def naive(problem: Problem, split: Split) -> Plan | None:
 
 def pppipe(problem: Problem, split: Split) -> Plan | None:
     """MegaScale-Infer's ping-pong: micro-batches, no chunks, and shared experts computed with attention."""
-    found = [
-        scored(problem, split, Cut(samples, r1, 1), _glued(r1), "PPPipe") for samples, r1 in _all_pairs(problem, split)
-    ]
-    return max(found, key=lambda plan: plan.tokens_per_s, default=None)
+    cuts = [Cut(samples, r1, 1) for samples, r1 in _all_pairs(problem, split)]
+    if not cuts:
+        return None
+
+    def rate(cut: Cut) -> float:
+        return _tokens(problem, split, cut) / mean_makespan(works_of(problem, split, cut), _glued(cut.r1))
+
+    best = max(cuts, key=rate)
+    return scored(problem, split, best, _glued(best.r1), "PPPipe")
 
 
 def _glued(r1: int) -> list[Turn]:
@@ -271,7 +368,7 @@ def _glued(r1: int) -> list[Turn]:
 
 def _all_pairs(problem: Problem, split: Split) -> Iterable[tuple[int, int]]:
     """PPPipe's best is searched over every r1 that fits, not only the largest: a baseline gets its best."""
-    fits = room(problem.model, problem.machine, split, problem.length)
+    fits = problem.room(split)
     if fits is None:
         return
     seen = set()
@@ -286,14 +383,31 @@ def _all_pairs(problem: Problem, split: Split) -> Iterable[tuple[int, int]]:
 
 
 def interleaved(problem: Problem, plan: Plan) -> Plan:
-    """The same cut with the best of all orders of the attention group, where there are few enough to try."""
-    if plan.r1 > MAX_FREE:
-        return plan
-    cut = Cut(plan.samples, plan.r1, plan.r2)
-    work = work_of(problem, plan.split, cut)
-    best = min(every_order(plan.r1), key=lambda order: makespan(work, order))
-    found = scored(problem, plan.split, cut, best, "free order")
+    """The same cut with another order of the attention group: the best of all where there are few enough to try, else what
+    exchanging neighbours in it leads to."""
+    works = works_of(problem, plan.split, Cut(plan.samples, plan.r1, plan.r2))
+    if plan.r1 <= MAX_FREE:
+        best = min(every_order(plan.r1), key=lambda order: mean_makespan(works, order))
+    else:
+        best = _climbed(works, list(plan.order))
+    found = scored(problem, plan.split, Cut(plan.samples, plan.r1, plan.r2), best, "free order")
     return found if found.makespan_s < plan.makespan_s else plan
+
+
+def _climbed(works: Sequence[Work], order: list[Turn]) -> list[Turn]:
+    """Exchange two neighbours as long as that makes it shorter; a micro-batch attends before its shared experts."""
+    seconds = mean_makespan(works, order)
+    for _ in range(len(order)):
+        others = [
+            [*order[:i], order[i + 1], order[i], *order[i + 2 :]]
+            for i in range(len(order) - 1)
+            if order[i][1] != order[i + 1][1]
+        ]
+        timed = [(mean_makespan(works, other), other) for other in others]
+        if not timed or min(timed)[0] >= seconds:
+            break
+        seconds, order = min(timed)
+    return order
 
 
 def best_split(
@@ -301,18 +415,36 @@ def best_split(
 ) -> Plan | None:
     """Over every ratio of attention to expert GPUs."""
     many = problem.machine.gpus if gpus is None else gpus
-    found = [plan for split in splits(problem.model, many) if (plan := solve(problem, split)) is not None]
+    found = [
+        plan for split in splits(problem.model, many, problem.replicas) if (plan := solve(problem, split)) is not None
+    ]
     return max(found, key=lambda plan: plan.tokens_per_s, default=None)
 
 
-def after_loss(problem: Problem, plan: Plan, lost: int = 1) -> Plan | None:
-    """The plan once `lost` expert GPUs are gone and the others took over their experts; None where they have no room."""
-    if plan.split.eg <= lost:
+class AfterLoss(NamedTuple):
+    """What goes on once expert GPUs are gone: the plan, who holds what, and how many experts of a layer must be loaded."""
+
+    plan: Plan
+    held: Held
+    loaded: int
+
+
+def after_loss(problem: Problem, plan: Plan, lost: Collection[int] = (0,)) -> AfterLoss | None:
+    """Plan anew for the expert GPUs that are left once those of these numbers are gone and the others took over what nobody
+    holds any more: nothing, where there are replicas enough. None where they have no room, or where nobody is left.
+    """
+    before = shares(problem.model.experts, plan.split.eg, plan.replicas) if problem.held is None else problem.held
+    if len(set(lost)) >= plan.split.eg:
         return None
-    return findep(problem, Split(plan.split.ag, plan.split.eg - lost))
+    held = shares_after(before, lost)
+    left = replace(problem, replicas=plan.replicas, held=held)
+    found = findep(left, Split(plan.split.ag, len(held)))
+    kept = len({expert for rank, one in enumerate(before) if rank not in lost for expert in one})
+    return None if found is None else AfterLoss(found, held, problem.model.experts - kept)
 
 
 __all__ = [
-    "Cut", "Plan", "Problem", "Room", "aass_s", "after_loss", "asas_s", "best_r2", "best_split", "findep", "interleaved",
-    "naive", "pppipe", "printed_s", "scored", "skewed", "work_of",
+    "AfterLoss", "Cut", "Plan", "Problem", "Room", "aass_s", "after_loss", "asas_s", "best_r2", "best_split",
+    "findep", "findep_of", "interleaved", "mean_makespan", "naive", "pppipe", "printed_s", "scored",
+    "work_of", "works_of",
 ]  # fmt: skip

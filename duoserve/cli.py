@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from duoserve import benching, learning, serving, showing, simulating, tracing
+from duoserve import benching, dep, learning, serving, showing, simulating, tracing
 from duoserve.config import EngineConfig, parse_size, size
 from duoserve.core import Refusal, nearest
 from duoserve.version import __version__
@@ -437,6 +437,7 @@ serving.register(app)
 showing.register(app)
 benching.register(app)
 simulating.register(app)
+dep.register(app)
 
 
 def main() -> None:

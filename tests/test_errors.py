@@ -24,6 +24,8 @@ from guessers import Dice
 from hubs import COMMIT, Hub, reach, serving
 
 import duoserve
+from dep_extension import calibrate
+from dep_extension.cost import Line, Machine, Split
 from dep_extension.kernel_choice import Point, Shape, Table
 from dep_extension.kernel_table import here
 from duoserve import checkpoint, cli, codec, peers, prompts, repl, results, shelf, tracing
@@ -133,6 +135,28 @@ def flip(path: Path, at: int) -> None:
 def manifest(folder: Path, **changes: Any) -> None:
     path = folder / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def calibrated(kit: Kit, old: str = "", new: str = "") -> Path:
+    """A machine's costs as `calibrate` writes them, something in them replaced."""
+    line, path = Line(1e-3, 1e-12), kit.tmp / "machine.json"
+    calibrate.save(Machine("2 x toy", 2, 8e9, line, line, {Split(1, 1): line}), path)
+    text = path.read_text()
+    path.write_text(re.sub(r"\[\s+", "[", text).replace(old, new, 1) if old else text)
+    return path
+
+
+def processor(kit: Kit) -> Path:
+    data = json.loads((ROOT / "duoserve" / "machines" / "h200.json").read_text())
+    path = kit.tmp / "cpu.json"
+    path.write_text(json.dumps(data | {"device": "cpu", "link": None}))
+    return path
+
+
+def loads(kit: Kit, rows: list[list[float]]) -> Path:
+    path = kit.tmp / "loads.json"
+    path.write_text(json.dumps({"kind": "duoserve-dep-loads", "version": 1, "loads": rows}))
+    return path
 
 
 def recorded(kit: Kit) -> Path:
@@ -488,6 +512,46 @@ CASES: list[tuple[str, str, int, str, Callable[[Kit], Any]]] = [
      lambda k: k.command("timeline", str(recorded(k)), "--from", "5000", "--to", "6000")),
     ("E_IO", "a recording into no folder", 2, r"none is no folder; give",
      lambda k: k.command("chat", "-p", "x", "--timeline", str(k.tmp / "none" / "run.json"))),
+    ("E_SPLIT", "a model that fits no split", 4, r"fits no split of 2 GPUs \(1:1 needs .* on a GPU, one has 22.* GiB\); use",
+     lambda k: k.command("dep", "plan", "mixtral-8x22b", "-m", "B", "--gpus", "2")),
+    ("E_SPLIT", "a batch that fits no split", 4, r"fits no split of 8 GPUs \(.* needs .* on a GPU, one has 44.70 GiB\); use",
+     lambda k: k.command("dep", "plan", "deepseek-v2", "-m", "A", "--batch", "100000")),
+    ("E_OPTION", "zero GPUs", 2, r"--gpus 0 is out of range; give one from 2",
+     lambda k: k.command("dep", "plan", "-m", "A", "--gpus", "0")),
+    ("E_OPTION", "a ratio that does not add up", 2, r"--ratio 3:4 is 7 GPUs, --gpus says 8; let",
+     lambda k: k.command("dep", "plan", "-m", "A", "--ratio", "3:4")),
+    ("E_OPTION", "a ratio that is none", 2, r"--ratio '0:8' is no ratio of at least 1:1; write",
+     lambda k: k.command("dep", "plan", "-m", "A", "--ratio", "0:8")),
+    ("E_OPTION", "a machine with fewer GPUs", 2, r"2 x toy has 2 GPUs, --gpus says 8; ask for no more",
+     lambda k: k.command("dep", "plan", "-m", str(calibrated(k)), "--gpus", "8")),
+    ("E_OPTION", "more replicas than expert GPUs", 2, r"--replicas 4 on 2 expert GPUs of --ratio 6:2; ask",
+     lambda k: k.command("dep", "plan", "-m", "A", "--ratio", "6:2", "--replicas", "4")),
+    ("E_OPTION", "splits that are none", 2, r"'1:0' is no split; write attention ranks, a colon, expert ranks",
+     lambda k: k.command("dep", "calibrate", str(k.tmp / "m.json"), "--splits", "1:1,1:0")),
+    ("E_DEVICE", "a device that is not timed", 7, r"device 'tpu' is not one that is timed; cpu or cuda",
+     lambda k: k.command("dep", "calibrate", str(k.tmp / "m.json"), "--device", "tpu")),
+    ("E_OPTION", "lengths that are none", 2, r"--length '0' is out of range; give numbers from 1",
+     lambda k: k.command("dep", "simulate", "-m", "A", "--length", "1024,0")),
+    ("E_OPTION", "too large a sweep", 2, r"513 combinations are asked for, at most 512 are solved; give fewer",
+     lambda k: k.command("dep", "simulate", "-m", "A", "--gpus", ",".join(map(str, range(2, 515))), "--length", "8")),
+    ("E_OPTION", "a picture of nothing that varies", 2, r"0 things vary, 1 or 2 can be drawn; give fewer",
+     lambda k: k.command("dep", "simulate", "-m", "A", "--length", "8", "--png", str(k.tmp / "p.png"))),
+    ("E_PROFILE", "costs that are not finite", 5, r"machine\.json is not JSON \(NaN .*; calibrate",
+     lambda k: k.command("dep", "plan", "-m", str(calibrated(k, "[0.001,", "[NaN,")))),
+    ("E_PROFILE", "costs below nothing", 5, r"gemm.a of machine '2 x toy' is -1\.0, a cost is .* at least 0\); cal",
+     lambda k: k.command("dep", "plan", "-m", str(calibrated(k, "[0.001,", "[-1.0,")))),
+    ("E_PROFILE", "an unknown machine to plan for", 3, r"by the name 'h300'; did you mean 'h200'",
+     lambda k: k.command("dep", "plan", "-m", "h300")),
+    ("E_PROFILE", "a machine that is a processor", 3, r"has no link between devices; calibrate",
+     lambda k: k.command("dep", "plan", "-m", str(processor(k)))),
+    ("E_LOADS", "loads of another model", 2, r"loads are of 3 experts, the demo, \d+ layers has \d+; give",
+     lambda k: k.command("dep", "plan", "-m", "A", "--skew", str(loads(k, [[1, 2, 3]])))),
+    ("E_LOADS", "loads that are not there", 3, r"there are no loads 'none'; give",
+     lambda k: k.command("dep", "plan", "-m", "A", "--skew", "none")),
+    ("E_LOADS", "a load below nothing", 5, r"has the load -1, not one from 0 to 1e12; give",
+     lambda k: k.command("dep", "plan", "-m", "A", "--skew", str(loads(k, [[1, -1]])))),
+    ("E_LOADS", "a law without exponent", 2, r"zipf:steep has no exponent from 0 to 4; write",
+     lambda k: k.command("dep", "plan", "-m", "A", "--skew", "zipf:steep")),
     ("E_CTX", "a batch beyond the plan", 4, r"1 x 17 tokens do not fit the 16 .*; load with a larger --ctx",
      lambda k: k.load(k.toy("mixtral"), ctx=16).model(toys.ids(1, 17))),
     ("E_SCHEMA", "a schema that cannot be enforced", 2, r"Unimplemented keys: .*not.*; simplify",

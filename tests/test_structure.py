@@ -28,20 +28,28 @@ FLOORS = {
     7: {"engine", "specimens"},
     8: {"conversation", "measure", "outlook", "service"},
     9: {"api", "doctor", "remote", "repl"},
-    10: {"opening"},
-    11: {"contender", "kernels", "learning", "matrix", "serving", "showing", "simulating", "tracing"},
-    12: {"benching"},
+    10: {"deppicture", "depsubject", "opening"},
+    11: {
+        *("contender", "depcalibrate", "depsweep", "kernels", "learning", "matrix", "serving", "showing"),
+        *("simulating", "tracing"),
+    },
+    12: {"benching", "dep"},
     13: {"cli"},
 }
 ROOF = {
     "cli",
+    "dep",
+    "depcalibrate",
+    "deppicture",
+    "depsubject",
+    "depsweep",
     "kernels",
     "learning",
     "opening",
     "serving",
     "simulating",
     "tracing",
-}  # these alone join what learns and what serves
+}  # these alone join what learns, what plans for several GPUs and what serves
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 SIDE_BY_SIDE = {
     ("cap", "config"),
