@@ -47,7 +47,7 @@ def load(
         what = "policy 'belady' evicts by the future, and 0 recorded passes are given"
         raise Refusal("E_OPTION", what, "replay a recording: duoserve.load(..., future=Future.of(steps, experts))")
     found = _found(model, predictor)
-    table = _table(options)
+    table = read_table(options)
     opened = engines.load(model, progress=progress, predictor=found, table=table, **options)
     if future is not None and policy == Policy.BELADY.value:
         opened.foresee(future)
@@ -58,8 +58,8 @@ def load(
     return opened
 
 
-def _table(options: dict[str, Any]) -> Kernels | None:
-    """What `kernels` names, measured here: on this processor or GPU, with as many threads."""
+def read_table(options: dict[str, Any]) -> Kernels | None:
+    """The file that the option `kernels` names, measured here (this processor or GPU, as many threads); None without one."""
     path = options.get("kernels")
     if path is None:
         return None
