@@ -201,8 +201,20 @@ def sm_factor(m: int) -> float:
     return small + (large - small) * min(1.0, math.log(m / 192) / math.log(3072 / 192))
 
 
-def degrees() -> Iterator[tuple[str, float, int, int, int]]:
-    """Column, N* = sqrt(C / k_o), as a divisor, the best of 1, 5, 20 by the model, and in the paper's dense rows."""
+class Degree(NamedTuple):
+    """Of a column: N* = sqrt(C / k_o), as a divisor of 20; the best of those that the paper printed by the rule, by the
+    model (which adds b), and as printed."""
+
+    column: str
+    ideal: float
+    divisor: int
+    rule: int
+    model: int
+    printed: int
+
+
+def degrees() -> Iterator[Degree]:
+    """Dense rows; FP8 has none with one stage."""
     k_o, _ = overhead()
     for fp8, rows in ((False, (2, 7, 9)), (True, (None, 8, 10))):
         for column in COLUMNS:
@@ -212,7 +224,11 @@ def degrees() -> Iterator[tuple[str, float, int, int, int]]:
             ideal = math.sqrt(min(link, product) / k_o)
             found = stages(link, product, k_o, LOCAL)
             name = f"m={column.m} o={column.o}{' FP8' if fp8 else ''}"
-            yield name, ideal, found, min(model, key=lambda n: model[n]), min(measured, key=lambda n: measured[n])
+            saved = {n: min(link, product) * (n - 1) / n - k_o * (n - 1) for n in measured}
+            best = max(saved, key=lambda n: saved[n])
+            yield Degree(
+                name, ideal, found, best, min(model, key=lambda n: model[n]), min(measured, key=lambda n: measured[n])
+            )
 
 
 def threshold() -> int:
