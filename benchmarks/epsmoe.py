@@ -103,8 +103,7 @@ def _claims(cells: Sequence[Cell]) -> list[str]:
         f"| PN=20 no better than PN=5 | yes | {'yes' if least else 'no'} | |",
         f"| N* = sqrt(C / k_o) as a divisor of 20 is the best PN, m = {FITTED.m} | by test | {there} of {len(large)} | |",
         f"| its rule picks the best of PN = 1, 5, 20 in every dense column | by test | {right} of {len(picks)} | |",
-        f"| two stages pay from | m = {THRESHOLD} | m = {threshold()} | "
-        f"{'within 25 %' if abs(threshold() / THRESHOLD - 1) <= 0.25 else 'off'} |",
+        f"| two stages pay from | m = {THRESHOLD} | m = {threshold()} | {threshold() / THRESHOLD - 1:+.0%} |",
         f"| DBRX, same batch and length | +{dbrx.paper:.0f} % (printed +52 %) | +{dbrx.ours:.0f} % | {dbrx.verdict} |",
         f"| all cells that were not fitted | | | {_count(some)} |",
     ]
