@@ -93,7 +93,7 @@ def counted(routes: Iterable[np.ndarray], experts: int, tokens: int, source: str
     return Loads.of(rows, source)
 
 
-def zipf(experts: int, exponent: float, chunks: int = 8, seed: int = 0) -> Loads:
+def zipf(experts: int, exponent: float, chunks: int = 32, seed: int = 0) -> Loads:
     """Loads that fall as 1 / place ** exponent, in each chunk other experts first; 0 is balanced. Made, not measured."""
     falling_E = 1 / np.arange(1, experts + 1) ** exponent
     draw = np.random.default_rng(seed)

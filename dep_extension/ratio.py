@@ -43,8 +43,8 @@ def ways(problem: Problem, gpus: int, split: Split | None = None, replicas: int 
     if found is None:
         return None
     sites = [(other, one) for other in _near(problem, gpus, found, replicas) for one in _tried(other, gpus, split)]
-    baselines = (_best(solve(*site) for site in sites) for solve in (naive, pppipe))
-    return Ways(found, *baselines, colocated(problem, gpus))
+    serial, ping_pong = (_best(solve(*site) for site in sites) for solve in (naive, pppipe))
+    return Ways(found, serial, ping_pong, colocated(problem, gpus))
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ from dep_extension.schedule import Order, Turn, Work, every_order, exposed_link_
 MAX_R2 = 64
 SIMULATED, MOST_SIMULATED = 12, 48  # of the candidates, those best by their closed forms: these are low by
 NEAR = 0.9  # a tenth at most
+DRAWS = 4  # of measured chunks, that a plan is judged by
 MAX_FREE = 5  # micro-batches up to which all orders of the attention group are tried: 42 of them
 
 
@@ -144,25 +145,36 @@ def _terms(r2: int, attention: float, shared: float, link: float, expert: float)
     return x, y, max(x, r2 * y), attention + 2 * link + expert + (r2 - 1) * y
 
 
-def work_of(problem: Problem, split: Split, cut: Cut) -> Work:
-    """The durations of one cut, its last chunk smaller, uneven where the problem says how."""
+def work_of(problem: Problem, split: Split, cut: Cut, draw: int = 0) -> Work:
+    """The durations of one cut, its last chunk smaller, uneven where the problem says how; `draw`: see `works_of`."""
     many, d = durations(problem.model, problem.machine, split, cut.samples, problem.length, cut.r2)
     even = Work.even(problem.model.layers, cut.r1, many, d.attention, d.shared, d.a2e, d.expert, d.e2a, d.counts)
     found = problem.burden(split)
     if found is not None:
-        return _uneven(problem, split, cut, even, found)
+        return _uneven(problem, split, cut, even, found, draw)
     for row, last in ((even.a2e_IJ, d.last[0]), (even.expert_IJ, d.last[1]), (even.e2a_IJ, d.last[2])):
         row[:, -1] = last
     return even
 
 
-def _uneven(problem: Problem, split: Split, cut: Cut, even: Work, found: Burden) -> Work:
-    """Each chunk takes as long as its busiest GPU, and so do its transfers; measured chunks are taken in turn."""
+def works_of(problem: Problem, split: Split, cut: Cut) -> list[Work]:
+    """Under skew several draws of the measured chunks: who saw one sequence of them alone would plan for that sequence."""
+    found = problem.burden(split)
+    many = DRAWS if found is not None and len(found.most_C) > 1 else 1
+    return [work_of(problem, split, cut, draw) for draw in range(many)]
+
+
+def mean_makespan(works: Sequence[Work], order: Order | Sequence[Turn]) -> float:
+    return sum(makespan(work, order) for work in works) / len(works)
+
+
+def _uneven(problem: Problem, split: Split, cut: Cut, even: Work, found: Burden, draw: int) -> Work:
+    """Each chunk takes as long as its busiest GPU, and so do its transfers; measured chunks are drawn."""
     whole = tokens_per_expert(problem.model, split, cut.samples, problem.length)
     _, size, last = chunks(whole, cut.r2)
     tokens_IJ = np.full(even.expert_IJ.shape, float(size))
     tokens_IJ[:, -1] = last
-    tokens_IJ *= found.most_C[np.arange(tokens_IJ.size).reshape(tokens_IJ.shape) % len(found.most_C)]
+    tokens_IJ *= np.random.default_rng(draw).choice(found.most_C, tokens_IJ.shape)
     expert, link = _lines(problem, split, found)
     over_IJ = link.a + link.b * tokens_IJ
     return replace(even, a2e_IJ=over_IJ, expert_IJ=expert.a + expert.b * tokens_IJ, e2a_IJ=over_IJ)
@@ -232,7 +244,7 @@ class _Candidate(NamedTuple):
 
 def _simulated(problem: Problem, split: Split, candidate: _Candidate) -> float:
     """Tokens per second."""
-    seconds = makespan(work_of(problem, split, candidate.cut), candidate.order)
+    seconds = mean_makespan(works_of(problem, split, candidate.cut), candidate.order)
     return _tokens(problem, split, candidate.cut) / seconds
 
 
@@ -307,21 +319,21 @@ def _per_tokens(problem: Problem, split: Split) -> tuple[Callable[[float], float
 
 
 def scored(problem: Problem, split: Split, cut: Cut, order: Order | Sequence[Turn], name: str) -> Plan:
-    """A plan with its figures, by simulation."""
-    work = work_of(problem, split, cut)
-    seconds = makespan(work, order)
+    """A plan with its figures, by simulation: under skew means over draws of the measured chunks."""
+    works = works_of(problem, split, cut)
+    seconds = mean_makespan(works, order)
     _, tokens, _ = chunks(tokens_per_expert(problem.model, split, cut.samples, problem.length), cut.r2)
     return Plan(
         name,
         split,
         cut.samples,
         cut.r1,
-        work.r2,
+        works[0].r2,
         tokens,
         tuple(turns(order, cut.r1)),
         seconds,
-        lower_bound(work),
-        exposed_link_s(work, order),
+        sum(map(lower_bound, works)) / len(works),
+        sum(exposed_link_s(work, order) for work in works) / len(works),
         _tokens(problem, split, cut) / seconds,
         problem.replicas,
     )
@@ -342,7 +354,11 @@ def pppipe(problem: Problem, split: Split) -> Plan | None:
     cuts = [Cut(samples, r1, 1) for samples, r1 in _all_pairs(problem, split)]
     if not cuts:
         return None
-    best = max(cuts, key=lambda c: _tokens(problem, split, c) / makespan(work_of(problem, split, c), _glued(c.r1)))
+
+    def rate(cut: Cut) -> float:
+        return _tokens(problem, split, cut) / mean_makespan(works_of(problem, split, cut), _glued(cut.r1))
+
+    best = max(cuts, key=rate)
     return scored(problem, split, best, _glued(best.r1), "PPPipe")
 
 
@@ -369,22 +385,25 @@ def _all_pairs(problem: Problem, split: Split) -> Iterable[tuple[int, int]]:
 def interleaved(problem: Problem, plan: Plan) -> Plan:
     """The same cut with another order of the attention group: the best of all where there are few enough to try, else what
     exchanging neighbours in it leads to."""
-    work = work_of(problem, plan.split, Cut(plan.samples, plan.r1, plan.r2))
+    works = works_of(problem, plan.split, Cut(plan.samples, plan.r1, plan.r2))
     if plan.r1 <= MAX_FREE:
-        best = min(every_order(plan.r1), key=lambda order: makespan(work, order))
+        best = min(every_order(plan.r1), key=lambda order: mean_makespan(works, order))
     else:
-        best = _climbed(work, list(plan.order))
+        best = _climbed(works, list(plan.order))
     found = scored(problem, plan.split, Cut(plan.samples, plan.r1, plan.r2), best, "free order")
     return found if found.makespan_s < plan.makespan_s else plan
 
 
-def _climbed(work: Work, order: list[Turn]) -> list[Turn]:
+def _climbed(works: Sequence[Work], order: list[Turn]) -> list[Turn]:
     """Exchange two neighbours as long as that makes it shorter; a micro-batch attends before its shared experts."""
-    seconds = makespan(work, order)
+    seconds = mean_makespan(works, order)
     for _ in range(len(order)):
-        others = [[*order[:i], order[i + 1], order[i], *order[i + 2 :]] for i in range(len(order) - 1)
-                  if order[i][1] != order[i + 1][1]]  # fmt: skip
-        timed = [(makespan(work, other), other) for other in others]
+        others = [
+            [*order[:i], order[i + 1], order[i], *order[i + 2 :]]
+            for i in range(len(order) - 1)
+            if order[i][1] != order[i + 1][1]
+        ]
+        timed = [(mean_makespan(works, other), other) for other in others]
         if not timed or min(timed)[0] >= seconds:
             break
         seconds, order = min(timed)
@@ -426,5 +445,6 @@ def after_loss(problem: Problem, plan: Plan, lost: Collection[int] = (0,)) -> Af
 
 __all__ = [
     "AfterLoss", "Cut", "Plan", "Problem", "Room", "aass_s", "after_loss", "asas_s", "best_r2", "best_split",
-    "findep", "findep_of", "interleaved", "naive", "pppipe", "printed_s", "scored", "work_of",
+    "findep", "findep_of", "interleaved", "mean_makespan", "naive", "pppipe", "printed_s", "scored",
+    "work_of", "works_of",
 ]  # fmt: skip

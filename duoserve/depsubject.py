@@ -29,11 +29,11 @@ from duoserve.headers import read_json, shown
 LAUNCH_S = 10e-6  # of one exchange beside the wire: a launch and a completion
 ELEMENT = 2  # bytes, bf16
 LARGE = 16384  # rows of a product that is as fast as products become
-CHUNK = 256  # tokens over which loads are counted
+CHUNK = 1024  # tokens over which loads are counted, of several sequences where they are made
 MADE = "routes"
 LOADS, LOADS_VERSION = "duoserve-dep-loads", 1
 MAX_FILE_BYTES, MAX_CHUNKS = 16 << 20, 4096
-_SEQUENCES, _LAYERS = 4, 4  # of made routes
+_SEQUENCES, _LAYERS, _TOKENS = 8, 4, 512  # of made routes: tokens of a sequence
 _SKEW = f"give a trace's folder, {MADE}, zipf:0.8, or a file of loads"
 
 
@@ -253,8 +253,9 @@ def _made(name: str | None, model: Model, seed: int) -> Loads:
 
     layers = min(_LAYERS, model.layers)
     shape = Shape((model.experts,) * layers, (model.choices,) * layers)
-    made = [generate(law_of(str(name), shape), shape, CHUNK, seed * _SEQUENCES + at) for at in range(_SEQUENCES)]
-    routes = [np.concatenate([ids[layer] for ids in made]) for layer in range(layers)]
+    made = [generate(law_of(str(name), shape), shape, _TOKENS, seed * _SEQUENCES + at) for at in range(_SEQUENCES)]
+    side_by_side = [np.stack([ids[layer] for ids in made], axis=1) for layer in range(layers)]  # (tokens, sequences, K)
+    routes = [ids_TSK.reshape(-1, model.choices) for ids_TSK in side_by_side]
     return counted(routes, model.experts, CHUNK, "routes made with published habits")
 
 

@@ -36,8 +36,12 @@ class Grid:
     @classmethod
     def read(cls, gpus: str, length: str, skew: str, link_speed: str) -> Grid:
         """Of lists as they are typed."""
-        whole = [[int(x) for x in _numbers(name, text)] for name, text in (("gpus", gpus), ("length", length))]
-        grid = cls(*whole, _numbers("skew", skew), _numbers("link-speed", link_speed))
+        grid = cls(
+            [int(n) for n in _numbers("gpus", gpus)],
+            [int(n) for n in _numbers("length", length)],
+            _numbers("skew", skew),
+            _numbers("link-speed", link_speed),
+        )
         if len(list(grid.cells())) > MOST_CELLS:
             what = f"{len(list(grid.cells())):,} combinations are asked for, at most {MOST_CELLS} are solved"
             raise Refusal("E_OPTION", what, "give fewer values")
@@ -139,8 +143,8 @@ def lines(cell: Cell, as_json: bool, first: bool) -> Iterator[str]:
     rates = "".join(f"{rate:12,.1f}" if (rate := cell.rate(way)) is not None else f"{'-':>12s}" for way in _WAYS)
     yield f"{about}{rates}{f'{plan.split.ag}:{plan.split.eg}':>12s}{plan.replicas:9d}"
     for row in cell.rows:
-        rates = [None if p is None else p.tokens_per_s / cell.gpus for p in (row.naive, row.pppipe, row.findep)]
-        cells = [f"{'-':>12s}" if rate is None else f"{rate:12,.1f}" for rate in rates]
+        each = [None if p is None else p.tokens_per_s / cell.gpus for p in (row.naive, row.pppipe, row.findep)]
+        cells = [f"{'-':>12s}" if rate is None else f"{rate:12,.1f}" for rate in each]
         cells.insert(2, " " * 12)
         yield f"{'':25s}{''.join(cells)}{f'{row.split.ag}:{row.split.eg}':>12s}"
 

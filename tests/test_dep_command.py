@@ -52,7 +52,9 @@ def test_a_plan_is_printed_saved_drawn_and_read_back(say: Any, tmp_path: Path) -
 
 
 def test_the_json_is_a_plan_file_with_the_comparison_beside(say: Any, tmp_path: Path) -> None:
-    said = say("dep", "plan", "qwen3-235b-a22b", "-m", "C", "--batch", "16", "--skew", "zipf:1.2", "--json")
+    said = say(
+        "dep", "plan", "qwen3-235b-a22b", "-m", "C", "--batch", "16", "--max-r1", "2", "--skew", "zipf:1.2", "--json"
+    )
     (tmp_path / "plan.json").write_text(said)
     plan, beside = planfile.load(tmp_path / "plan.json"), json.loads(said)["beside"]
     assert plan.replicas > 1 and beside["simulated"] and beside["loads"] == "made: Zipf 1.2"
@@ -115,7 +117,7 @@ def test_loads_come_from_routes_from_a_trace_and_from_a_file(tmp_path: Path) -> 
     model = known_model("mixtral-8x7b", "A")
     made = known_loads("routes", "mixtral-8x7b", model)
     assert made.experts == 8 and 1.0 < made.skew < 4 and made.loads_CE.mean() == pytest.approx(1.0)
-    assert len(made.loads_CE) == 16, f"four layers of four sequences, a chunk of {CHUNK} tokens each"
+    assert len(made.loads_CE) == 16, f"four layers of 4096 tokens, in chunks of {CHUNK}"
     path = tmp_path / "loads.json"
     path.write_text(json.dumps({"kind": "duoserve-dep-loads", "version": 1, "loads": [[1, 2, 3, 4, 5, 6, 7, 8]]}))
     assert known_loads(str(path), None, model).loads_CE[0, 7] == pytest.approx(8 / 4.5)
