@@ -244,9 +244,20 @@ LENGTHS = [int(length) for length in PAPER["exposed_ms"]]
 
 
 def unhidden(a: Assumption, split: Split, samples: int, length: int) -> Exposed:
-    plans = [best(solve, a, "deepseek-v2", "A", length, samples, split) for solve in (naive, pppipe, findep)]
+    plans = [best(solve, a, "deepseek-v2", "A", length, samples, split) for solve in (pppipe, findep)]
+    ours = (naively(a, split, samples, length), *(plan.exposed_s for plan in plans))
     paper = tuple(PAPER["exposed_ms"][str(length)])
-    return Exposed(a.title, split, samples, length, paper, tuple(1e3 * plan.exposed_s for plan in plans))
+    return Exposed(a.title, split, samples, length, paper, tuple(1e3 * seconds for seconds in ours))
+
+
+def naively(a: Assumption, split: Split, samples: int, length: int) -> float:
+    """Of naive DEP, one after the other where an expert GPU has no room for all rows at once."""
+    for passes in range(1, samples + 1):
+        each = math.ceil(samples / passes)
+        plan = naive(problem(a, "deepseek-v2", "A", length, split, each), split)
+        if plan is not None:
+            return passes * plan.exposed_s
+    raise ValueError(f"not one sample of {length} tokens fits {split}")
 
 
 class Monotone(NamedTuple):

@@ -30,6 +30,7 @@ from dep_extension.cost import Line, Machine, Split
 KIND, VERSION = "duoserve-dep-machine", 1
 MAX_BYTES, MAX_LINKS, MAX_NAME = 4 << 20, 100_000, 1000
 GOOD = 0.994  # R^2 of the paper's worst line
+CUDA = {"dtype": "bfloat16", "longest_s": 0.01, "hidden": 4096, "expert_hidden": 1536, "heads": 32, "head_dim": 128}
 POOR = 0.9  # below it a line says next to nothing
 BUSY = ": measure again when the machine has nothing else to do, or with a longer --longest"
 PATIENCE_S = 300  # then a process ends itself
@@ -89,7 +90,7 @@ def measure(
     from dep_extension.timing import Order, Sizes
 
     world = _world(splits, device)
-    usual: dict[str, Any] = {"dtype": "bfloat16", "longest_s": 0.01} if device == "cuda" else {}
+    usual: dict[str, Any] = CUDA if device == "cuda" else {}
     shapes = Sizes(**usual | sizes)
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="duoserve-") as folder:
