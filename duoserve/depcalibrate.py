@@ -37,8 +37,9 @@ def calibrate(
         raise
     except ValueError as error:
         what, _, remedy = str(error).rpartition(": ")
-        code, status = ("E_DEVICE", 7) if "device" in what else ("E_OPTION", 2)
-        raise Refusal(code, what, remedy, status) from error
+        if "device" in what:
+            raise Refusal("E_DEVICE", what, remedy, 7) from error
+        raise Refusal("E_OPTION", what, remedy) from error
     except RuntimeError as error:
         raise Refusal("E_DEVICE", str(error), "free memory, or ask for fewer ranks", 7) from error
     save(found.machine, out, found.r2)
