@@ -59,6 +59,8 @@ def test_the_json_is_a_plan_file_with_the_comparison_beside(say: Any, tmp_path: 
     plan, beside = planfile.load(tmp_path / "plan.json"), json.loads(said)["beside"]
     assert plan.replicas > 1 and beside["simulated"] and beside["loads"] == "made: Zipf 1.2"
     assert [row["split"] for row in beside["ratios"]] == [[8 - eg, eg] for eg in range(plan.replicas, 8)]
+    lost = beside["after_one_lost"][str(plan.replicas)]
+    assert lost["split"] == [plan.split.ag, plan.split.eg - 1] and lost["loaded"] == 0, "there are copies"
     assert len(beside["colocated"]) == 2 and beside["gap"] == pytest.approx(plan.gap)
     assert beside["naive"]["tokens_per_s"] <= beside["pppipe"]["tokens_per_s"] <= plan.tokens_per_s * (1 + 1e-9)
 

@@ -53,7 +53,7 @@ def test_loads_are_scaled_and_strange_ones_refused() -> None:
     assert counted([ids_TK], 4, 2).loads_CE.tolist() == [[2, 1, 1, 0], [1, 0, 0, 3]]
     with pytest.raises(ValueError, match="no layer has the 6 tokens"):
         counted([ids_TK], 4, 6)
-    with pytest.raises(ValueError, match="loads are of 4 experts, .* has 160"):
+    with pytest.raises(ValueError, match=r"loads are of 4 experts, .* has 160"):
         Problem(MODEL, MACHINE, 1024, skew=Loads.of([[1] * 4]))
 
 
