@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -231,6 +231,13 @@ def this_machine(device: str = "cpu") -> str:
     return f"{cpu}, {os.cpu_count()} cores, Gloo"
 
 
+def named_here() -> list[str]:
+    """What files of this machine are called: as processes, and as GPUs where there are some."""
+    import torch
+
+    return [this_machine(device) for device in ("cuda", "cpu") if device == "cpu" or torch.cuda.is_available()]
+
+
 def memory_bytes(device: str, world: int) -> float:
     """Of one rank: a card's, or a process's share of the machine's."""
     if device == "cuda":
@@ -250,12 +257,13 @@ def save(machine: Machine, path: Path, r2: Mapping[str, float] | None = None) ->
     beside.replace(path)
 
 
-def load(path: Path, here: str | None = None) -> Machine:
-    """The machine of a file. ValueError of one line where it is none, or not of the machine called `here`."""
+def load(path: Path, here: str | Collection[str] | None = None) -> Machine:
+    """The machine of a file. ValueError of one line where it is none, or not of the machine (or one of those) called
+    `here`."""
     return read(path, here).machine
 
 
-def read(path: Path, here: str | None = None) -> Calibration:
+def read(path: Path, here: str | Collection[str] | None = None) -> Calibration:
     """With the R^2 of its lines; errors as of `load`."""
     size = path.stat().st_size
     if size > MAX_BYTES:
@@ -265,8 +273,9 @@ def read(path: Path, here: str | None = None) -> Calibration:
     except (ValueError, RecursionError) as error:
         said = " ".join(str(error).split())[:160]
         raise ValueError(f"{path} is no machine's costs ({said}): calibrate again") from error
-    if here is not None and found.machine.name != here:
-        raise ValueError(f"{path} was measured on {found.machine.name!r}, this is {here!r}: calibrate here")
+    names = [here] if isinstance(here, str) else list(here or ())
+    if names and found.machine.name not in names:
+        raise ValueError(f"{path} was measured on {found.machine.name!r}, this is {names[0]!r}: calibrate here")
     return found
 
 

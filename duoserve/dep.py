@@ -17,7 +17,7 @@ import typer
 
 from duoserve.config import parse_size, size
 from duoserve.core import Refusal
-from duoserve.depcalibrate import calibrate
+from duoserve.depcalibrate import calibrate, costs
 
 if TYPE_CHECKING:
     from dep_extension.cost import Split
@@ -28,6 +28,7 @@ MOST_GPUS, MOST_SAMPLES, MOST_LENGTH = 4096, 1 << 20, 1 << 20
 
 dep = typer.Typer(help="Divide GPUs into those that attend and those that hold experts, and see what it comes to.")
 dep.command()(calibrate)
+dep.command()(costs)
 
 ModelName = Annotated[
     str | None,
