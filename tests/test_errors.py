@@ -514,7 +514,7 @@ CASES: list[tuple[str, str, int, str, Callable[[Kit], Any]]] = [
      lambda k: k.command("dep", "calibrate", str(k.tmp / "m.json"), "--splits", "1:1,1:0")),
     ("E_PROFILE", "costs of another machine", 5, r"was measured on '2 x toy', this is '.*'; calibrate here",
      lambda k: k.command("dep", "costs", str(calibrated(k)), "--here")),
-    ("E_PROFILE", "costs that are damaged", 5, r"is no machine's costs \(Expecting value.*\); calibrate again",
+    ("E_PROFILE", "costs that are damaged", 5, r"is no machine's costs \(Expecting property name.*\); calibrate again",
      lambda k: k.command("dep", "costs", str(k.folder(m__json=b"{") / "m.json"))),
     ("E_PROFILE", "costs that are not there", 3, r"there is no machine's file none.json; calibrate one",
      lambda k: k.command("dep", "costs", "none.json")),
