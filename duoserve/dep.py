@@ -334,11 +334,17 @@ def simulate(
 
 
 def _rate(link: str | None) -> float | None:
-    return float(parse_size(link, "link")) if link is not None else None
+    return None if link is None else _above_nothing(parse_size(link, "link"), link, "--link")
 
 
 def _room(memory: str | None) -> float | None:
-    return float(parse_size(memory, "memory")) if memory is not None else None
+    return None if memory is None else _above_nothing(parse_size(memory, "memory"), memory, "--memory")
+
+
+def _above_nothing(value: int, text: str, what: str) -> float:
+    if value < 1:
+        raise Refusal("E_OPTION", f"{what} {text} is {value} bytes", "give at least 1")
+    return float(value)
 
 
 def register(app: typer.Typer) -> None:
