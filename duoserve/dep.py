@@ -209,7 +209,7 @@ def _losses(problem: Problem, plan: Plan) -> Iterator[tuple[str, str]]:
 
 def after_one(problem: Problem, plan: Plan) -> dict[int, AfterLoss | None]:
     """Of the first expert GPU, by the number of copies: the plan's, and one more where that fits."""
-    from dep_extension.solver import after_loss, findep
+    from dep_extension.solver import findep, survived
 
     found = {}
     for replicas in (plan.replicas, plan.replicas + 1):
@@ -218,7 +218,7 @@ def after_one(problem: Problem, plan: Plan) -> dict[int, AfterLoss | None]:
         if before is None and replicas <= plan.split.eg:
             before = findep(at, plan.split)
         if before is not None:
-            found[replicas] = after_loss(at, before)
+            found[replicas] = survived(at, before)
     return found
 
 

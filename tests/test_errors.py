@@ -588,6 +588,7 @@ def test_an_error_says_what_happened_and_what_to_do(
 
 PROCESSES = [
     (("chat", "--budget", "six"), 2, "E_SIZE"),
+    (("dep", "plan", "-m", "A", "--gpus", "0"), 2, "E_OPTION"),
     (("verify", "."), 3, "E_STORE"),
     (("verify", "STORE"), 5, "E_STORE"),
 ]
