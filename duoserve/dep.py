@@ -210,7 +210,7 @@ def _losses(problem: Problem, plan: Plan) -> Iterator[tuple[str, str]]:
 
 def after_one(problem: Problem, plan: Plan) -> dict[int, AfterLoss | None]:
     """Of the first expert GPU, by the number of copies: the plan's, and one more where that fits."""
-    from dep_extension.solver import after_loss, findep
+    from dep_extension.solver import findep, survived
 
     found = {}
     for replicas in (plan.replicas, plan.replicas + 1):
@@ -219,7 +219,7 @@ def after_one(problem: Problem, plan: Plan) -> dict[int, AfterLoss | None]:
         if before is None and replicas <= plan.split.eg:
             before = findep(at, plan.split)
         if before is not None:
-            found[replicas] = after_loss(at, before)
+            found[replicas] = survived(at, before)
     return found
 
 
@@ -335,11 +335,17 @@ def simulate(
 
 
 def _rate(link: str | None) -> float | None:
-    return float(parse_size(link, "link")) if link is not None else None
+    return None if link is None else _above_nothing(parse_size(link, "link"), link, "--link")
 
 
 def _room(memory: str | None) -> float | None:
-    return float(parse_size(memory, "memory")) if memory is not None else None
+    return None if memory is None else _above_nothing(parse_size(memory, "memory"), memory, "--memory")
+
+
+def _above_nothing(value: int, text: str, what: str) -> float:
+    if value < 1:
+        raise Refusal("E_OPTION", f"{what} {text} is {value} bytes", "give at least 1")
+    return float(value)
 
 
 def register(app: typer.Typer) -> None:

@@ -5,20 +5,26 @@ it says so.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import toys
 
 from dep_extension import calibrate, planfile, testbeds
 from dep_extension.cost import Line, Machine, Split
 from dep_extension.schedule import timeline
 from dep_extension.solver import Cut, Problem, findep, work_of
 from duoserve import cli
+from duoserve.core import Refusal
 from duoserve.deppicture import LANES, events, write_trace
 from duoserve.depsubject import CHUNK, Ports, known_loads, known_machine, known_model
 from duoserve.profile import read_profile
 from duoserve.specimens import SPECIMENS
+from traces import record
+from traces.store import Traces
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -123,6 +129,24 @@ def test_loads_come_from_routes_from_a_trace_and_from_a_file(tmp_path: Path) -> 
     path = tmp_path / "loads.json"
     path.write_text(json.dumps({"kind": "duoserve-dep-loads", "version": 1, "loads": [[1, 2, 3, 4, 5, 6, 7, 8]]}))
     assert known_loads(str(path), None, model).loads_CE[0, 7] == pytest.approx(8 / 4.5)
+
+
+def test_loads_of_a_trace_are_what_its_routers_chose(toy: Any, load: Any, tmp_path: Path) -> None:
+    engine = load(toy("mixtral"), dtype="float32", budget="half")
+    experts = [layer.n_experts for layer in engine.store.layers]
+    about = record.about(engine.store.fingerprint, engine.dtype, experts, [2] * len(experts), False)
+    watching = record.Recorder(tmp_path / "t", about, engine.routers())
+    engine.runtime.observers.append(watching)
+    engine.generate(input_ids=toys.ids(1, 40), max_new_tokens=2, do_sample=False, eos_token_id=None)
+    watching.close()
+    model = known_model(str(toy("mixtral")), "A")
+    found = known_loads(str(tmp_path / "t"), None, model)
+    (one,) = Traces(tmp_path / "t").sequences(hidden=False)
+    chosen_TK = one.step.routes[1].ids_TK.numpy()
+    expected_E = np.bincount(chosen_TK.ravel(), minlength=experts[0]) / chosen_TK.size * experts[0]
+    assert len(found.loads_CE) == len(experts) and np.allclose(found.loads_CE[1], expected_E)
+    with pytest.raises(Refusal, match=r"is of \d+ experts, .* has 99; give a trace of this model"):
+        known_loads(str(tmp_path / "t"), None, replace(model, experts=99))
 
 
 def test_a_sweep_solves_every_combination_anew(say: Any, tmp_path: Path) -> None:

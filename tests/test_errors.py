@@ -500,6 +500,8 @@ CASES: list[tuple[str, str, int, str, Callable[[Kit], Any]]] = [
      lambda k: k.command("dep", "plan", "deepseek-v2", "-m", "A", "--batch", "100000")),
     ("E_SPLIT", "copies that do not fit", 4, r"fits not 1:7 \(1:7 needs .* with 4 copies of its experts, one has .*\); use",
      lambda k: k.command("dep", "plan", "qwen3-235b-a22b", "-m", "A", "--ratio", "1:7", "--replicas", "4")),
+    ("E_OPTION", "a link without speed", 2, r"--link 0GB is 0 bytes; give at least 1",
+     lambda k: k.command("dep", "plan", "-m", "h200", "--link", "0GB")),
     ("E_OPTION", "zero GPUs", 2, r"--gpus 0 is out of range; give one from 2",
      lambda k: k.command("dep", "plan", "-m", "A", "--gpus", "0")),
     ("E_OPTION", "a ratio that does not add up", 2, r"--ratio 3:4 is 7 GPUs, --gpus says 8; let",
@@ -592,6 +594,7 @@ def test_an_error_says_what_happened_and_what_to_do(
 
 PROCESSES = [
     (("chat", "--budget", "six"), 2, "E_SIZE"),
+    (("dep", "plan", "-m", "A", "--gpus", "0"), 2, "E_OPTION"),
     (("verify", "."), 3, "E_STORE"),
     (("verify", "STORE"), 5, "E_STORE"),
 ]
