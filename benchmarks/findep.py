@@ -97,15 +97,15 @@ def summary(found: Sequence[Cell]) -> list[str]:
     near = " | ".join(str(sum(close(c.ours[title], c.paper) for c in found)) for title in titles)
     asked = [c for c in found if not c.follows]
     none = sum(c.needs.startswith(NONE) for c in asked)
-    plain, priced = counted()
     return [
         *lines,
         f"| cells within {CLOSE:.0%}, of {len(found)} | | {near} |",
         "",
         f"Of the {len(asked)} cells that do not follow from what is published, {len(asked) - none} do with a small batch,",
         f"alone or with other launches or links, named in the last column below; {none} with nothing that was tried. The",
-        f"exchange of counts, which the paper's model leaves out, at the cost of an empty transfer: {plain:.4f} becomes",
-        f"{priced:.4f} on A and B.",
+        "exchange of counts, which the paper's model leaves out, at the cost of an empty transfer, takes at most "
+        f"{counted():.2%}",
+        "of FinDEP's throughput on A and B.",
         "",
     ]
 

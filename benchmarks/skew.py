@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -58,20 +57,18 @@ def measured(problem: Problem, gpus: int, case: Case) -> dict[str, Any]:
     blind = best_plan(problem, gpus, replicas=1)
     assert blind is not None, problem.model.name
     seeing = replace(problem, skew=case.seen)
-    began = time.perf_counter()
     plans = {
         BLIND: blind,
         CUT: findep(seeing, blind.split),
         COPIES: best_plan(seeing, gpus, blind.split),
         ALL: best_plan(seeing, gpus),
     }
-    took = time.perf_counter() - began
     rates = {name: None if plan is None else executed(problem, plan, case.executed) for name, plan in plans.items()}
     together = colocated(replace(problem, skew=case.executed), gpus)
     rates[TOGETHER] = max((one.tokens_per_s for one in together), default=None)
     cuts = {n: [*p.split, p.replicas, p.samples, p.r1, p.r2] for n, p in plans.items() if p is not None}
     about = {"loads": case.what, "exponent": case.exponent, "busiest_expert": case.executed.skew}
-    return about | {"tokens_per_s": rates, "ag_eg_replicas_ma_r1_r2": cuts, "solve_s": took}
+    return about | {"tokens_per_s": rates, "ag_eg_replicas_ma_r1_r2": cuts}
 
 
 def executed(problem: Problem, plan: Plan, loads: Loads) -> float:

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +30,7 @@ from dep_extension.cost import Line, Machine, Split
 KIND, VERSION = "duoserve-dep-machine", 1
 MAX_BYTES, MAX_LINKS, MAX_NAME = 4 << 20, 100_000, 1000
 GOOD = 0.994  # R^2 of the paper's worst line
+CUDA = {"dtype": "bfloat16", "longest_s": 0.01, "hidden": 4096, "expert_hidden": 1536, "heads": 32, "head_dim": 128}
 POOR = 0.9  # below it a line says next to nothing
 BUSY = ": measure again when the machine has nothing else to do, or with a longer --longest"
 PATIENCE_S = 300  # then a process ends itself
@@ -89,7 +90,7 @@ def measure(
     from dep_extension.timing import Order, Sizes
 
     world = _world(splits, device)
-    usual: dict[str, Any] = {"dtype": "bfloat16", "longest_s": 0.01} if device == "cuda" else {}
+    usual: dict[str, Any] = CUDA if device == "cuda" else {}
     shapes = Sizes(**usual | sizes)
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="duoserve-") as folder:
@@ -230,6 +231,13 @@ def this_machine(device: str = "cpu") -> str:
     return f"{cpu}, {os.cpu_count()} cores, Gloo"
 
 
+def named_here() -> list[str]:
+    """What files of this machine are called: as processes, and as GPUs where there are some."""
+    import torch
+
+    return [this_machine(device) for device in ("cuda", "cpu") if device == "cpu" or torch.cuda.is_available()]
+
+
 def memory_bytes(device: str, world: int) -> float:
     """Of one rank: a card's, or a process's share of the machine's."""
     if device == "cuda":
@@ -249,12 +257,13 @@ def save(machine: Machine, path: Path, r2: Mapping[str, float] | None = None) ->
     beside.replace(path)
 
 
-def load(path: Path, here: str | None = None) -> Machine:
-    """The machine of a file. ValueError of one line where it is none, or not of the machine called `here`."""
+def load(path: Path, here: str | Collection[str] | None = None) -> Machine:
+    """The machine of a file. ValueError of one line where it is none, or not of the machine (or one of those) called
+    `here`."""
     return read(path, here).machine
 
 
-def read(path: Path, here: str | None = None) -> Calibration:
+def read(path: Path, here: str | Collection[str] | None = None) -> Calibration:
     """With the R^2 of its lines; errors as of `load`."""
     size = path.stat().st_size
     if size > MAX_BYTES:
@@ -264,8 +273,9 @@ def read(path: Path, here: str | None = None) -> Calibration:
     except (ValueError, RecursionError) as error:
         said = " ".join(str(error).split())[:160]
         raise ValueError(f"{path} is no machine's costs ({said}): calibrate again") from error
-    if here is not None and found.machine.name != here:
-        raise ValueError(f"{path} was measured on {found.machine.name!r}, this is {here!r}: calibrate here")
+    names = [here] if isinstance(here, str) else list(here or ())
+    if names and found.machine.name not in names:
+        raise ValueError(f"{path} was measured on {found.machine.name!r}, this is {names[0]!r}: calibrate here")
     return found
 
 

@@ -69,7 +69,9 @@ class Need(NamedTuple):
     n_bytes: float
 
 
-def least(model: Model, splits: Iterable[Split], length: int, samples: int | None, micro_batches: int) -> Need:
+def least(
+    model: Model, splits: Iterable[Split], length: int, samples: int | None, micro_batches: int, replicas: int = 1
+) -> Need:
     """Of these splits: weights and one sample on each attention GPU, or `samples` in all, in so many micro-batches."""
     found = []
     for split in splits:
@@ -79,7 +81,7 @@ def least(model: Model, splits: Iterable[Split], length: int, samples: int | Non
         waiting = each * length * (model.token_kv_bytes + model.token_waiting_bytes)
         attention = model.trunk_bytes + waiting + at_once * length * model.token_attending_bytes
         rows = IN_AND_OUT * hidden * at_once * split.ag * model.choices / split.eg
-        local = math.ceil(model.experts / split.eg)
+        local = math.ceil(model.experts * replicas / split.eg)
         found.append(Need(split, max(attention, expert_gpu_bytes(model, local) + rows) / RESERVE))
     return min(found, key=lambda need: need.n_bytes)
 

@@ -1,13 +1,7 @@
 """Which plan: how the batch is cut, in which order, on how many GPUs (FinDEP, Algorithm 1, and what it leaves open). Knows
 costs, memory and schedules; knows no devices and no files.
 
-Closed forms prune, the event simulation (`schedule.py`) has the final say. With X = t_a + t_s, Y = max(t_e, t_c),
-F = max(X, r2 Y), G = t_a + 2 t_c + t_e + (r2 - 1) Y:
-
-    ASAS    (T - 1) max(G, r1 F) + max(X, G) + (r1 - 1) F                      exact where all chunks are alike
-    AASS    (T - 1) max(G, r1 F) + max(r1 X, G + (r1 - 1) max(t_a, r2 Y))      exact in 98 of 100, else low
-
-The paper prints (r2 - 1) Y once more in the first; the simulation says that it counts it twice.
+Closed forms (`closed.py`) prune, the event simulation (`schedule.py`) has the final say.
 """
 
 from __future__ import annotations
@@ -19,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dep_extension.closed import aass_s, asas_s, best_r2, printed_s
 from dep_extension.cost import (
     Line,
     Machine,
@@ -122,29 +117,6 @@ class Cut(NamedTuple):
     r2: int
 
 
-def asas_s(layers: int, r1: int, r2: int, attention: float, shared: float, link: float, expert: float) -> float:
-    """The closed form above."""
-    x, _, f, g = _terms(r2, attention, shared, link, expert)
-    return (layers - 1) * max(g, r1 * f) + max(x, g) + (r1 - 1) * f
-
-
-def aass_s(layers: int, r1: int, r2: int, attention: float, shared: float, link: float, expert: float) -> float:
-    """The closed form above."""
-    x, y, f, g = _terms(r2, attention, shared, link, expert)
-    return (layers - 1) * max(g, r1 * f) + max(r1 * x, g + (r1 - 1) * max(attention, r2 * y))
-
-
-def printed_s(layers: int, r1: int, r2: int, attention: float, shared: float, link: float, expert: float) -> float:
-    """The denominator of the paper's Eq. 13 as printed."""
-    _, y, _, _ = _terms(r2, attention, shared, link, expert)
-    return asas_s(layers, r1, r2, attention, shared, link, expert) + (r2 - 1) * y
-
-
-def _terms(r2: int, attention: float, shared: float, link: float, expert: float) -> tuple[float, float, float, float]:
-    x, y = attention + shared, max(expert, link)
-    return x, y, max(x, r2 * y), attention + 2 * link + expert + (r2 - 1) * y
-
-
 def work_of(problem: Problem, split: Split, cut: Cut, draw: int = 0) -> Work:
     """The durations of one cut, its last chunk smaller, uneven where the problem says how; `draw`: see `works_of`."""
     many, d = durations(problem.model, problem.machine, split, cut.samples, problem.length, cut.r2)
@@ -186,18 +158,6 @@ def _lines(problem: Problem, split: Split, found: Burden) -> tuple[Line, Line]:
     a, b = expert_line(model, machine, found.experts)
     link = machine.link(split)
     return Line(a * machine.overlap, b * machine.overlap), Line(link.a, link.b * model.hidden)
-
-
-def best_r2(cost: Callable[[int], float], most: int) -> int:
-    """The r2 of least cost, which is convex in 1 / r2 (the paper's Theorem 4): a ternary search, then the neighbours."""
-    low, high = 1, most
-    while high - low > 3:
-        a, b = low + (high - low) // 3, high - (high - low) // 3
-        if cost(a) <= cost(b):
-            high = b
-        else:
-            low = a
-    return min(range(max(1, low - 1), min(most, high + 1) + 1), key=lambda r2: (cost(r2), r2))
 
 
 def findep(problem: Problem, split: Split) -> Plan | None:
@@ -429,7 +389,13 @@ class AfterLoss(NamedTuple):
     loaded: int
 
 
-def after_loss(problem: Problem, plan: Plan, lost: Collection[int] = (0,)) -> AfterLoss | None:
+def after_loss(problem: Problem, plan: Plan, lost: int = 1) -> Plan | None:
+    """The plan once the first `lost` expert GPUs are gone; see `survived`."""
+    found = survived(problem, plan, range(lost))
+    return None if found is None else found.plan
+
+
+def survived(problem: Problem, plan: Plan, lost: Collection[int] = (0,)) -> AfterLoss | None:
     """Plan anew for the expert GPUs that are left once those of these numbers are gone and the others took over what nobody
     holds any more: nothing, where there are replicas enough. None where they have no room, or where nobody is left.
     """
@@ -446,5 +412,5 @@ def after_loss(problem: Problem, plan: Plan, lost: Collection[int] = (0,)) -> Af
 __all__ = [
     "AfterLoss", "Cut", "Plan", "Problem", "Room", "aass_s", "after_loss", "asas_s", "best_r2", "best_split",
     "findep", "findep_of", "interleaved", "mean_makespan", "naive", "pppipe", "printed_s", "scored",
-    "work_of", "works_of",
+    "survived", "work_of", "works_of",
 ]  # fmt: skip

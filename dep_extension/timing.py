@@ -27,7 +27,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from dep_extension.kernel_choice import dense, grouped
 
 WARM, TIMED = 10, 20  # runs of a size, as in the paper
-ROWS = 1 << 12  # of the largest product
+ROWS = {"cpu": 1 << 12, "cuda": 1 << 17}  # of the largest product
+ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 28}  # that the largest exchange brings to an expert rank
 SIZES = 8  # of a line, evenly spaced
 HEADER = 5  # numbers ahead of the counts: generation, round, layer, micro-batch, still going
 PATIENCE = timedelta(seconds=120)
@@ -47,7 +48,13 @@ class Sizes:
     longest_s: float = 0.04
 
     def __post_init__(self) -> None:
-        most = {"hidden": 1 << 16, "expert_hidden": 1 << 16, "experts": ROWS // SIZES, "heads": 1024, "head_dim": 1024}
+        most = {
+            "hidden": 1 << 16,
+            "expert_hidden": 1 << 16,
+            "experts": min(ROWS.values()) // SIZES,
+            "heads": 1024,
+            "head_dim": 1024,
+        }
         for name, limit in (most | {"longest_s": 10}).items():
             if not 0 < getattr(self, name) <= limit:
                 raise ValueError(
@@ -124,13 +131,13 @@ class Bench:
 
 def products(bench: Bench) -> None:
     """One product of m rows, then one of m rows for each of a rank's experts by whichever kernel is the quicker."""
-    s = bench.sizes
-    x, w = bench.new(ROWS, s.hidden), bench.new(s.hidden, s.expert_hidden)
+    s, rows = bench.sizes, ROWS[bench.order.device]
+    x, w = bench.new(rows, s.hidden), bench.new(s.hidden, s.expert_hidden)
 
     def one(m: int) -> None:
         x[:m] @ w
 
-    steps = _steps(bench, one, ROWS)
+    steps = _steps(bench, one, rows)
     took = bench.medians([partial(one, m) for m in steps])
     bench.say("gemm", [(float(m * s.hidden * s.expert_hidden), y) for m, y in zip(steps, took, strict=True)])
     w_EKN = bench.new(s.experts, s.hidden, s.expert_hidden)
@@ -142,7 +149,7 @@ def products(bench: Bench) -> None:
     def together(m: int) -> None:
         grouped(x[: m * s.experts], w_EKN, ends * m)
 
-    steps = _steps(bench, apart, ROWS // s.experts)
+    steps = _steps(bench, apart, rows // s.experts)
     ways = [bench.medians([partial(way, m) for m in steps]) for way in (apart, together)]
     work = [float(s.experts * m * s.hidden * s.expert_hidden) for m in steps]
     bench.say("experts", list(zip(work, map(min, *ways), strict=True)))
@@ -166,9 +173,9 @@ def attention(bench: Bench) -> None:
 
 def _steps(bench: Bench, run: Callable[[int], Any], most: int) -> list[int]:
     """Evenly spaced numbers of rows: the last takes at most as long as the longest run may."""
-    m = most
-    while m > SIZES and _once(bench, partial(run, m)) > bench.sizes.longest_s:
-        m //= 2
+    m = SIZES
+    while 2 * m <= most and _once(bench, partial(run, 2 * m)) <= bench.sizes.longest_s:
+        m *= 2
     return [max(1, m * part // SIZES) for part in range(1, SIZES + 1)]
 
 
@@ -240,10 +247,13 @@ def exchanges(bench: Bench, group: Any, split: tuple[int, int]) -> None:
 
 def _elements(bench: Bench, of: Exchange) -> int:
     """That the longest exchange brings to an expert rank: every rank comes to the same."""
-    most = 1 << 22
-    while most > 1 << 14 and max(of.slowest([_once(bench, of.rows(most // of.ag, True))])) > bench.sizes.longest_s:
-        most //= 2
-    return most
+    many = 1 << 12
+    while 2 * many <= ELEMENTS[bench.order.device]:
+        each = max(1, 2 * many // of.ag)
+        if max(of.slowest([_once(bench, of.rows(each, True))])) > bench.sizes.longest_s:
+            break
+        many *= 2
+    return many
 
 
 def _beside(bench: Bench, of: Exchange, travel: Callable[..., Any]) -> tuple[float, float]:
@@ -271,6 +281,8 @@ def main(text: str) -> None:
     order = Order.of(text)
     signal.alarm(order.patience_s)  # whatever becomes of the others, and of who started this
     torch.set_num_threads(1)
+    if order.device == "cuda":
+        torch.accelerator.set_device_index(order.rank)
     bench = Bench(order)
     backend = "nccl" if order.device == "cuda" else "gloo"
     meet = Path(order.meet).as_uri()

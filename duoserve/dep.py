@@ -17,18 +17,19 @@ import typer
 
 from duoserve.config import parse_size, size
 from duoserve.core import Refusal
-from duoserve.depcalibrate import calibrate
+from duoserve.depcalibrate import calibrate, costs
 from duoserve.kernels import kernels
 
 if TYPE_CHECKING:
     from dep_extension.cost import Split
     from dep_extension.ratio import Comparison
-    from dep_extension.solver import Plan, Problem
+    from dep_extension.solver import AfterLoss, Plan, Problem
 
 MOST_GPUS, MOST_SAMPLES, MOST_LENGTH = 4096, 1 << 20, 1 << 20
 
 dep = typer.Typer(help="Divide GPUs into those that attend and those that hold experts, and see what it comes to.")
 dep.command()(calibrate)
+dep.command()(costs)
 
 ModelName = Annotated[
     str | None,
@@ -144,14 +145,14 @@ def _problem(
 def _no_room(problem: Problem, gpus: int, split: Split | None, replicas: int | None) -> Refusal:
     from dep_extension.partition import least, splits
 
-    tried = [split] if split is not None else list(splits(problem.model, gpus))
-    need = least(problem.model, tried, problem.length, problem.samples, problem.max_r1)
+    copies = replicas or 1
+    tried = [split] if split is not None else list(splits(problem.model, gpus, copies))
+    need = least(problem.model, tried, problem.length, problem.samples, problem.max_r1, copies)
     have = problem.machine.memory_bytes
-    what = (
-        f"{problem.model.name} fits no split of {gpus} GPUs" if split is None else f"{problem.model.name} does not fit"
-    )
-    copies = f", with {replicas} replicas more" if replicas is not None and replicas > 1 else ""
-    what += f" ({need.split.ag}:{need.split.eg} needs {size(need.n_bytes)} on a GPU{copies}, one has {size(have)})"
+    where = f"no split of {gpus} GPUs" if split is None else f"not {split.ag}:{split.eg}"
+    what = f"{problem.model.name} fits {where} ({need.split.ag}:{need.split.eg} needs {size(need.n_bytes)} on a GPU"
+    what += f" with {copies} copies of its experts" if copies > 1 else ""
+    what += f", one has {size(have)})"
     return Refusal("E_SPLIT", what, "use more GPUs, a smaller --batch or --length, or fewer --replicas", 4)
 
 
@@ -191,8 +192,36 @@ def table(problem: Problem, found: Comparison) -> Iterator[tuple[str, str]]:
         f"{_ms(plan.exposed_s)} of communication that nothing hides, {plan.exposed_s / plan.makespan_s:.1%}",
     )
     yield "lower bound", f"{_ms(plan.bound_s)} for any order of this cut: at most {max(0.0, plan.gap):.2%} to gain"
+    yield from _losses(problem, plan)
     yield from _ways(found)
     yield from _ratios(found)
+
+
+def _losses(problem: Problem, plan: Plan) -> Iterator[tuple[str, str]]:
+    """What goes on once an expert GPU is gone, with this plan's copies and with one more of each."""
+    for replicas, less in after_one(problem, plan).items():
+        head = "one lost" if replicas == plan.replicas else f"with {replicas} copies"
+        if less is None:
+            yield head, "the expert GPUs that are left have no room"
+            continue
+        split, loaded = less.plan.split, less.loaded * problem.model.layers * problem.model.expert_bytes
+        what = f"{less.loaded} experts of each layer to load, {size(loaded)}" if less.loaded else "nothing to load"
+        yield head, f"{split.ag}:{split.eg} goes on with {less.plan.tokens_per_s:,.0f} tokens/s; {what}"
+
+
+def after_one(problem: Problem, plan: Plan) -> dict[int, AfterLoss | None]:
+    """Of the first expert GPU, by the number of copies: the plan's, and one more where that fits."""
+    from dep_extension.solver import findep, survived
+
+    found = {}
+    for replicas in (plan.replicas, plan.replicas + 1):
+        at = replace(problem, replicas=replicas)
+        before = plan if replicas == plan.replicas else None
+        if before is None and replicas <= plan.split.eg:
+            before = findep(at, plan.split)
+        if before is not None:
+            found[replicas] = survived(at, before)
+    return found
 
 
 def _ways(found: Comparison) -> Iterator[tuple[str, str]]:
@@ -258,6 +287,10 @@ def _beside(problem: Problem, found: Comparison) -> dict[str, Any]:
         "simulated": True, "costs": problem.machine.source, "length": problem.length, "batch": problem.samples,
         "loads": problem.skew and problem.skew.source, "gap": found.plan.gap,
         **{name: plan and _figures(plan) for name, plan in plans.items()},
+        "after_one_lost": {
+            str(n): less and {"split": list(less.plan.split), "tokens_per_s": less.plan.tokens_per_s, "loaded": less.loaded}
+            for n, less in after_one(problem, found.plan).items()
+        },
         "colocated": [asdict(other) for other in found.ways.colocated], "ratios": rows,
     }  # fmt: skip
 
@@ -303,11 +336,17 @@ def simulate(
 
 
 def _rate(link: str | None) -> float | None:
-    return float(parse_size(link, "link")) if link is not None else None
+    return None if link is None else _above_nothing(parse_size(link, "link"), link, "--link")
 
 
 def _room(memory: str | None) -> float | None:
-    return float(parse_size(memory, "memory")) if memory is not None else None
+    return None if memory is None else _above_nothing(parse_size(memory, "memory"), memory, "--memory")
+
+
+def _above_nothing(value: int, text: str, what: str) -> float:
+    if value < 1:
+        raise Refusal("E_OPTION", f"{what} {text} is {value} bytes", "give at least 1")
+    return float(value)
 
 
 def register(app: typer.Typer) -> None:

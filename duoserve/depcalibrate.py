@@ -1,17 +1,23 @@
-"""The command `dep calibrate`: the costs of this machine, measured into a file that `dep plan --machine FILE` reads. Knows
-the command line: measuring is `dep_extension`'s. Other commands of `dep` simulate; this one times what is here.
+"""The commands `dep calibrate` and `dep costs`: the costs of this machine, measured into a file that `dep plan --machine`
+reads, and what such a file says. Knows the command line: measuring is `dep_extension`'s. Other commands of `dep` simulate;
+`calibrate` times what is here.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from duoserve.config import size
 from duoserve.core import Refusal
+
+if TYPE_CHECKING:
+    from dep_extension.calibrate import Calibration
 
 LOCAL = 4  # experts of a rank that are timed at most: a line needs no more
 
@@ -37,8 +43,9 @@ def calibrate(
         raise
     except ValueError as error:
         what, _, remedy = str(error).rpartition(": ")
-        code, status = ("E_DEVICE", 7) if "device" in what else ("E_OPTION", 2)
-        raise Refusal(code, what, remedy, status) from error
+        if "device" in what:
+            raise Refusal("E_DEVICE", what, remedy, 7) from error
+        raise Refusal("E_OPTION", what, remedy) from error
     except RuntimeError as error:
         raise Refusal("E_DEVICE", str(error), "free memory, or ask for fewer ranks", 7) from error
     save(found.machine, out, found.r2)
@@ -48,6 +55,43 @@ def calibrate(
         print(json.dumps(shown))
     else:
         print(f"{out}: {found.machine.name}")
+
+
+def costs(
+    machine: Annotated[str, typer.Argument(help="A calibrated file, or A, B, C, D: FinDEP's.")],
+    here: Annotated[bool, typer.Option("--here", help="Refuse what was not measured on this machine.")] = False,
+) -> None:
+    """The lines of a machine, how straight they are, and where they are from."""
+    from dep_extension import testbeds
+    from dep_extension.calibrate import Calibration, named_here, read
+
+    path = Path(machine)
+    if machine in testbeds.names() and not here:
+        found = Calibration(testbeds.named(machine), {})
+    elif not path.is_file():
+        raise Refusal("E_PROFILE", f"there is no machine's file {machine[:80]}", "calibrate one, or name one", 3)
+    else:
+        try:
+            found = read(path, named_here() if here else None)
+        except ValueError as error:
+            what, _, remedy = str(error).rpartition(": ")
+            raise Refusal("E_PROFILE", what, remedy, 5) from error
+    for what, says in _rows(found):
+        print(f"{what:12s}{says}".rstrip())
+
+
+def _rows(found: Calibration) -> Iterator[tuple[str, str]]:
+    machine = found.machine
+    yield "machine", f"{machine.name}; {machine.gpus} ranks of {size(machine.memory_bytes)}"
+    yield "from", machine.source
+    lines = {"gemm": machine.gemm, "attention": machine.attention}
+    lines |= {} if machine.experts is None else {"experts": machine.experts}
+    lines |= {f"link {split.ag}:{split.eg}": line for split, line in sorted(machine.links.items())}
+    for what, (a, b) in lines.items():
+        straight = f"   R^2 {found.r2[what]:.6f}" if what in found.r2 else ""
+        yield what, f"{a * 1e3:10.4f} ms + {b * 1e9:.4g} ns x{straight}"
+    yield "counts", f"{machine.count_s * 1e3:10.4f} ms"
+    yield "beside", f"products beside an exchange take {machine.overlap:.2f} of their time alone"
 
 
 def _say(line: str) -> None:

@@ -103,7 +103,9 @@ def plot(
     """One PNG: a panel beside the other, the same lines in each."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(2.2 + 4.2 * len(panels), 4.2), layout="constrained")
-        for ax, (name, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for ax, (name, lines) in zip(
+            figure.subplots(1, len(panels), squeeze=False, sharey=True)[0], panels, strict=True
+        ):
             for colour, line in zip(_COLOURS, lines, strict=False):
                 known = [(at, value) for at, value in zip(line.xs, line.ys, strict=True) if value is not None]
                 ax.plot(

@@ -185,11 +185,12 @@ def test_what_cannot_be_measured_is_refused_before_anything_starts() -> None:
             measure(splits, device, **sizes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("splits", "meet", "patience_s", "says"),
     [
         (((1, 2),), "meet", 60, r"rank \d of 2 failed while it was timed: .*ValueError: the new group's"),
-        pytest.param(((1, 1),), "none/meet", 3, "it took longer than it may", marks=pytest.mark.slow),
+        (((1, 1),), "none/meet", 3, "it took longer than it may"),
     ],
 )
 def test_a_process_that_fails_is_named_and_none_is_left(

@@ -5,20 +5,26 @@ it says so.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import toys
 
 from dep_extension import calibrate, planfile, testbeds
 from dep_extension.cost import Line, Machine, Split
 from dep_extension.schedule import timeline
 from dep_extension.solver import Cut, Problem, findep, work_of
 from duoserve import cli
+from duoserve.core import Refusal
 from duoserve.deppicture import LANES, events, write_trace
 from duoserve.depsubject import CHUNK, Ports, known_loads, known_machine, known_model
 from duoserve.profile import read_profile
 from duoserve.specimens import SPECIMENS
+from traces import record
+from traces.store import Traces
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -59,6 +65,8 @@ def test_the_json_is_a_plan_file_with_the_comparison_beside(say: Any, tmp_path: 
     plan, beside = planfile.load(tmp_path / "plan.json"), json.loads(said)["beside"]
     assert plan.replicas > 1 and beside["simulated"] and beside["loads"] == "made: Zipf 1.2"
     assert [row["split"] for row in beside["ratios"]] == [[8 - eg, eg] for eg in range(plan.replicas, 8)]
+    lost = beside["after_one_lost"][str(plan.replicas)]
+    assert lost["split"] == [plan.split.ag, plan.split.eg - 1] and lost["loaded"] == 0, "there are copies"
     assert len(beside["colocated"]) == 2 and beside["gap"] == pytest.approx(plan.gap)
     assert beside["naive"]["tokens_per_s"] <= beside["pppipe"]["tokens_per_s"] <= plan.tokens_per_s * (1 + 1e-9)
 
@@ -123,10 +131,28 @@ def test_loads_come_from_routes_from_a_trace_and_from_a_file(tmp_path: Path) -> 
     assert known_loads(str(path), None, model).loads_CE[0, 7] == pytest.approx(8 / 4.5)
 
 
+def test_loads_of_a_trace_are_what_its_routers_chose(toy: Any, load: Any, tmp_path: Path) -> None:
+    engine = load(toy("mixtral"), dtype="float32", budget="half")
+    experts = [layer.n_experts for layer in engine.store.layers]
+    about = record.about(engine.store.fingerprint, engine.dtype, experts, [2] * len(experts), False)
+    watching = record.Recorder(tmp_path / "t", about, engine.routers())
+    engine.runtime.observers.append(watching)
+    engine.generate(input_ids=toys.ids(1, 40), max_new_tokens=2, do_sample=False, eos_token_id=None)
+    watching.close()
+    model = known_model(str(toy("mixtral")), "A")
+    found = known_loads(str(tmp_path / "t"), None, model)
+    (one,) = Traces(tmp_path / "t").sequences(hidden=False)
+    chosen_TK = one.step.routes[1].ids_TK.numpy()
+    expected_E = np.bincount(chosen_TK.ravel(), minlength=experts[0]) / chosen_TK.size * experts[0]
+    assert len(found.loads_CE) == len(experts) and np.allclose(found.loads_CE[1], expected_E)
+    with pytest.raises(Refusal, match=r"is of \d+ experts, .* has 99; give a trace of this model"):
+        known_loads(str(tmp_path / "t"), None, replace(model, experts=99))
+
+
 def test_a_sweep_solves_every_combination_anew(say: Any, tmp_path: Path) -> None:
     picture = tmp_path / "sweep.png"
     simulated = ("dep", "simulate", "deepseek-v2", "-m", "C")
-    options = ("--gpus", "8,16", "--length", "1024,4096", "--link-speed", "4", "--batch", "64", "--max-r1", "3")
+    options = ("--gpus", "8,16", "--length", "1024,4096", "--link-speed", "4", "--batch", "64", "--max-r1", "2")
     rows = [json.loads(line) for line in say(*simulated, *options, "--png", str(picture), "--json").splitlines()]
     assert [(row["gpus"], row["length"]) for row in rows] == [(8, 1024), (8, 4096), (16, 1024), (16, 4096)]
     assert all(row["simulated"] and row["fits"] and sum(row["plan"]["split"]) == row["gpus"] for row in rows)
@@ -134,7 +160,7 @@ def test_a_sweep_solves_every_combination_anew(say: Any, tmp_path: Path) -> None
     for row in rows:
         rates = row["tokens_per_s_per_gpu"]
         assert rates["naive"] <= rates["pppipe"] <= rates["findep"] * (1 + 1e-6)
-    slow = json.loads(say(*simulated, "--length", "1024", "--batch", "64", "--max-r1", "3", "--json"))
+    slow = json.loads(say(*simulated, "--length", "1024", "--batch", "64", "--max-r1", "2", "--json"))
     assert slow["tokens_per_s_per_gpu"]["findep"] < rows[0]["tokens_per_s_per_gpu"]["findep"], "its links are slower"
     table = say(
         "dep", "simulate", "deepseek-v2", "-m", "C", "--length", "2048", "--skew", "1", "--ratios", "--batch", "32"

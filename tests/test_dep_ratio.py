@@ -53,7 +53,7 @@ def test_loads_are_scaled_and_strange_ones_refused() -> None:
     assert counted([ids_TK], 4, 2).loads_CE.tolist() == [[2, 1, 1, 0], [1, 0, 0, 3]]
     with pytest.raises(ValueError, match="no layer has the 6 tokens"):
         counted([ids_TK], 4, 6)
-    with pytest.raises(ValueError, match="loads are of 4 experts, .* has 160"):
+    with pytest.raises(ValueError, match=r"loads are of 4 experts, .* has 160"):
         Problem(MODEL, MACHINE, 1024, skew=Loads.of([[1] * 4]))
 
 
@@ -68,20 +68,20 @@ def test_the_search_over_ratios_is_as_good_as_solving_each(gpus: int) -> None:
 
 
 def test_many_gpus_are_searched_on_a_grid_and_around_its_best() -> None:
-    problem = Problem(MODEL, replace(MACHINE, gpus=256), 2048, max_r1=4)
-    found = best_plan(problem, 128)
+    problem = Problem(MODEL, replace(MACHINE, gpus=256), 2048, max_r1=2, max_r2=16)
+    found = best_plan(problem, 96)
     assert found is not None
     at = replace(problem, replicas=found.replicas)
-    all_ = list(splits(MODEL, 128, found.replicas))
-    assert 20 <= len(list(ratios(at, 128))) < len(all_)
-    some = [plan for split in all_[::8] if (plan := findep(at, split)) is not None]
+    all_ = list(splits(MODEL, 96, found.replicas))
+    assert 20 <= len(list(ratios(at, 96))) < len(all_)
+    some = [plan for split in all_[::12] if (plan := findep(at, split)) is not None]
     assert found.tokens_per_s >= 0.98 * max(plan.tokens_per_s for plan in some)
-    skewed = best_plan(replace(problem, skew=zipf(160, 0.8)), 128)
+    skewed = best_plan(replace(problem, skew=zipf(160, 0.8)), 96)
     assert skewed is not None and skewed.replicas > found.replicas and skewed.tokens_per_s < found.tokens_per_s
 
 
 def test_each_way_is_at_its_own_best_and_the_plan_at_least_as_good_as_the_baselines() -> None:
-    problem = Problem(MODEL, MACHINE, 2048, max_r1=4, skew=zipf(160, 0.6))
+    problem = Problem(MODEL, MACHINE, 2048, max_r1=3, max_r2=16, skew=zipf(160, 0.6))
     found = compare(problem, 8)
     assert found is not None and found.ways.naive is not None and found.ways.pppipe is not None
     for row in found.rows:

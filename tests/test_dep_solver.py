@@ -26,6 +26,7 @@ from dep_extension.solver import (
     naive,
     pppipe,
     scored,
+    survived,
     work_of,
     works_of,
 )
@@ -216,16 +217,17 @@ def test_a_lost_expert_gpu_is_planned_around_with_and_without_replicas() -> None
         mine = replace(asked, replicas=replicas)
         plan = findep(mine, Split(4, 4))
         assert plan is not None
-        less = after_loss(mine, plan, (1,))
+        less = survived(mine, plan, (1,))
         assert less is not None and less.plan.split == Split(4, 3) and less.loaded == loaded
         assert less.plan.tokens_per_s < plan.tokens_per_s and less.plan.replicas == replicas
+        assert after_loss(mine, plan, 1) is not None and after_loss(mine, plan, 4) is None
         assert {e for one in less.held for e in one} == set(range(160))
-        assert after_loss(mine, plan, range(4)) is None
-        twice = after_loss(replace(mine, held=less.held), less.plan, (0,))
+        assert survived(mine, plan, range(4)) is None
+        twice = survived(replace(mine, held=less.held), less.plan, (0,))
         assert twice is not None and twice.plan.split == Split(4, 2)
     full = replace(asked, machine=replace(PAPER, memory_bytes=18e9))
     plan = findep(full, Split(1, 7))
-    assert plan is not None and after_loss(full, plan, range(4)) is None, "three GPUs have no room for all experts"
+    assert plan is not None and survived(full, plan, range(4)) is None, "three GPUs have no room for all experts"
 
 
 def test_sixty_four_layers_are_solved(record_property: object) -> None:

@@ -516,6 +516,10 @@ CASES: list[tuple[str, str, int, str, Callable[[Kit], Any]]] = [
      lambda k: k.command("dep", "plan", "mixtral-8x22b", "-m", "B", "--gpus", "2")),
     ("E_SPLIT", "a batch that fits no split", 4, r"fits no split of 8 GPUs \(.* needs .* on a GPU, one has 44.70 GiB\); use",
      lambda k: k.command("dep", "plan", "deepseek-v2", "-m", "A", "--batch", "100000")),
+    ("E_SPLIT", "copies that do not fit", 4, r"fits not 1:7 \(1:7 needs .* with 4 copies of its experts, one has .*\); use",
+     lambda k: k.command("dep", "plan", "qwen3-235b-a22b", "-m", "A", "--ratio", "1:7", "--replicas", "4")),
+    ("E_OPTION", "a link without speed", 2, r"--link 0GB is 0 bytes; give at least 1",
+     lambda k: k.command("dep", "plan", "-m", "h200", "--link", "0GB")),
     ("E_OPTION", "zero GPUs", 2, r"--gpus 0 is out of range; give one from 2",
      lambda k: k.command("dep", "plan", "-m", "A", "--gpus", "0")),
     ("E_OPTION", "a ratio that does not add up", 2, r"--ratio 3:4 is 7 GPUs, --gpus says 8; let",
@@ -528,6 +532,12 @@ CASES: list[tuple[str, str, int, str, Callable[[Kit], Any]]] = [
      lambda k: k.command("dep", "plan", "-m", "A", "--ratio", "6:2", "--replicas", "4")),
     ("E_OPTION", "splits that are none", 2, r"'1:0' is no split; write attention ranks, a colon, expert ranks",
      lambda k: k.command("dep", "calibrate", str(k.tmp / "m.json"), "--splits", "1:1,1:0")),
+    ("E_PROFILE", "costs of another machine", 5, r"was measured on '2 x toy', this is '.*'; calibrate here",
+     lambda k: k.command("dep", "costs", str(calibrated(k)), "--here")),
+    ("E_PROFILE", "costs that are damaged", 5, r"is no machine's costs \(Expecting property name.*\); calibrate again",
+     lambda k: k.command("dep", "costs", str(k.folder(m__json=b"{") / "m.json"))),
+    ("E_PROFILE", "costs that are not there", 3, r"there is no machine's file none.json; calibrate one",
+     lambda k: k.command("dep", "costs", "none.json")),
     ("E_DEVICE", "a device that is not timed", 7, r"device 'tpu' is not one that is timed; cpu or cuda",
      lambda k: k.command("dep", "calibrate", str(k.tmp / "m.json"), "--device", "tpu")),
     ("E_OPTION", "lengths that are none", 2, r"--length '0' is out of range; give numbers from 1",
@@ -602,6 +612,7 @@ def test_an_error_says_what_happened_and_what_to_do(
 
 PROCESSES = [
     (("chat", "--budget", "six"), 2, "E_SIZE"),
+    (("dep", "plan", "-m", "A", "--gpus", "0"), 2, "E_OPTION"),
     (("verify", "."), 3, "E_STORE"),
     (("verify", "STORE"), 5, "E_STORE"),
 ]
