@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from duoserve.clock import ClockDevice, ClockStream, Link
+from duoserve.clock import ClockDevice, Link
+from duoserve.clockstream import ClockStream
 from duoserve.core import Key, Lane
 from duoserve.device import WorkerStream
 from duoserve.timeline import Timeline
