@@ -92,11 +92,12 @@ class Queued(ClockStream):
     def __init__(self, device: ClockDevice, launch_s: float):
         super().__init__(device, "compute", in_order=True, submit_s=launch_s)
         self.last: Moment | Event = DONE
+        self._host = device
 
     def submit(self, *args: Any, **named: Any) -> Moment:
         event = super().submit(*args, **named)
         self.last = event
-        self.device.spend(0.0)
+        self._host.spend(0.0)
         return event
 
 

@@ -1,5 +1,5 @@
-"""Streams in virtual time: which job starts when, as `device.WorkerStream` has it, and no thread. Knows lanes, events and costs;
-knows no links and no host.
+"""Streams in virtual time: which job starts when, as `device.WorkerStream` has it, and no thread. Knows lanes, events and
+costs; knows no links and no host.
 
 A job starts once what it waits for is over and a worker is free; of a lane the first that can, of lanes `DEMAND` before
 `AHEAD` (the tests compare this with threads). When it is over is the affair of its kind of stream.

@@ -1,5 +1,5 @@
-"""How slabs travel on a virtual machine. Knows bytes, rates and what workers take between two copies; knows nothing of what is
-copied or why.
+"""How slabs travel on a virtual machine. Knows bytes, rates and what workers take between two copies; knows nothing of what
+is copied or why.
 
     host     submits ... | computes ..................... waits ........ (wake_s) | goes on
     worker   sleeps      (begin_s) copy ........ (between_s) copy ....... (between_s) sleeps
