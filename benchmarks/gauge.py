@@ -166,11 +166,11 @@ def _rates(copies: Sequence[Copy], slab: int, idle: Idle) -> tuple[float, float]
     n_bytes = np.array([slab * len(kind) for kind in kinds])
     if min(map(len, kinds)) >= FEW:
         alone, together = np.linalg.solve(sums, n_bytes)
-        if alone > 0 and together > alone:
+        if together / 2 <= alone <= together:  # else these were too few
             return float(alone), float(together)
     if len(kinds[1]) >= FEW:
-        together = float(n_bytes[1] / sums[1].sum())
-        return min(together, slab / idle.single_s), together
+        together = float(n_bytes.sum() / sums.sum())
+        return min(together, max(together / 2, slab / idle.single_s)), together
     alone = float(n_bytes[0] / sums[0, 0]) if len(kinds[0]) >= FEW else slab / idle.single_s
     return alone, max(alone, idle.bytes_per_s)
 
@@ -274,15 +274,15 @@ def idle_link(store: Store, rate: int | None) -> Idle:
         event.wait()
     together = READS * store.slab_bytes / (time.perf_counter() - began)
     device.close()
-    return Idle(statistics.median(single), together, statistics.median(begin), _between(spans) if rate is None else 0.0)
+    return Idle(statistics.median(single), together, statistics.mean(begin), _between(spans) if rate is None else 0.0)
 
 
 def _between(spans: list[tuple[int, float, float]]) -> float:
-    """From the end of a worker's read to the begin of its next: median."""
+    """From the end of a worker's read to the begin of its next: mean."""
     ends: dict[int, float] = {}
     gaps = []
     for worker, began, ended in sorted(spans, key=lambda span: span[1]):
         if worker in ends:
             gaps.append(began - ends[worker])
         ends[worker] = ended
-    return statistics.median(gaps)
+    return statistics.mean(gaps)

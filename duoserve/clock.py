@@ -118,7 +118,6 @@ class ClockDevice:
         self.host = getcurrent()
         self.owed_s = 0.0  # host time for what was handed over; paid when the host next lets time pass, behind no lock
         self._wake_s = link.wake_s
-        self._behind_host: list[Callable[[], Any]] = []  # what comes once the host lets time pass
         self.compute: Inline | Queued = Queued(self, launch_s) if asynchronous else Inline(self)
         self.copy = road(self, "copy", link)
         self.disk = road(self, "disk", disk) if disk is not None else None
@@ -147,11 +146,6 @@ class ClockDevice:
             assert self._ends, "nothing that runs leads to the event"
             self._step()
         self._pass(self._wake_s)
-
-    def host_done(self, fn: Callable[[], Any]) -> None:
-        """Call `fn` once the host computes or waits, behind all that it hands over before."""
-        if fn not in self._behind_host:
-            self._behind_host.append(fn)
 
     def at(self, time: float, fn: Callable[..., Any], *args: Any) -> None:
         """Call `fn` at `time`; of equal times in the order of asking."""
@@ -191,11 +185,10 @@ class ClockDevice:
     def close(self) -> None: ...
 
     def _pay(self) -> None:
-        """What handing over took passes now; then others have the interpreter."""
+        """What handing over took passes now."""
         if self.owed_s:
             seconds, self.owed_s = self.owed_s, 0.0
             self._pass(seconds)
-        self._call()
 
     def _pass(self, seconds: float) -> None:
         """So long nobody but the streams does anything."""
@@ -204,12 +197,7 @@ class ClockDevice:
             self._step()
         self.time = until
 
-    def _call(self) -> None:
-        while self._behind_host:
-            self._behind_host.pop(0)()
-
     def _step(self) -> None:
         time, _, fn, args = heappop(self._ends)
         self.time = max(self.time, time)
         fn(*args)
-        self._call()

@@ -26,8 +26,6 @@ class Clock(Protocol):
 
     def wait_for(self, event: Moment) -> None: ...
 
-    def host_done(self, fn: Callable[[], Any]) -> None: ...
-
 
 class Moment:
     """Something that will have happened on a virtual machine: `device.Event` without threads."""

@@ -1,11 +1,11 @@
 """How slabs travel on a virtual machine. Knows bytes, rates and what workers take between two copies; knows nothing of what
 is copied or why.
 
-    host     submits ... | computes ..................... waits ........ (wake_s) | goes on
-    worker   sleeps      (begin_s) copy ........ (between_s) copy ....... (between_s) sleeps
+    host     (submit_s) (submit_s) | computes ........... waits ........... (wake_s) goes on
+    worker   sleeps (begin_s) copy .......... (between_s) copy ........... (between_s) sleeps
 
-A worker that sleeps takes a job only once the host lets time pass: both are threads of one interpreter, and whoever hands
-over several jobs keeps it until it computes or waits. Until then each of the jobs can still be overtaken or withdrawn.
+A worker takes a job when it is there, not when the job is handed over: until then another can overtake it, or it can be
+withdrawn.
 """
 
 from __future__ import annotations
@@ -60,22 +60,20 @@ class Road(ClockStream):
         self._spread = Spread(link.spread) if link.spread else None
 
     def start(self) -> None:
-        """Who sleeps is woken; a worker that is awake takes what is first when it comes."""
-        if self._link.begin_s:
-            self.device.host_done(self._rouse)
-        else:
+        """Who sleeps is woken, and takes what is first when it comes: after what the host has handed over before."""
+        if not self._link.begin_s:
             super().start()
+            return
+        at = self.device.time + self.device.owed_s + self._link.begin_s
+        for _ in range(min(self.workers - self._active - self._away, sum(map(len, self._ready)))):
+            self._away += 1
+            self.device.at(at, self._arrive)
 
     def finish(self, job: Job) -> None:
         if self._link.between_s:
             self._away += 1
             self.device.at(self.device.time + self._link.between_s, self._arrive)
         super().finish(job)
-
-    def _rouse(self) -> None:
-        for _ in range(min(self.workers - self._active - self._away, sum(map(len, self._ready)))):
-            self._away += 1
-            self.device.at(self.device.time + self._link.begin_s, self._arrive)
 
     def _arrive(self) -> None:
         """A worker is there for the next job, if there is one."""
