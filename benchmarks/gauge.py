@@ -134,13 +134,23 @@ def machine(store: Store, rate: int | None, runs: Sequence[Watched], whole: Sequ
     beside = {"submit_s": submit_s(runs, costs), "wake_s": wake_s(runs)}
     beside |= {"begin_s": idle.begin_s, "between_s": idle.between_s}
     if rate is not None:
-        late_s = max(0.0, idle.single_s - slab / idle.bytes_per_s)
-        return Machine(Link(idle.bytes_per_s, late_s, **beside), costs)
+        return Machine(Link(rate, late_s(runs, slab / rate), **beside), costs)
     copies = [copy for run in runs for copy in _shared(run)]
     alone, together = _rates(copies, slab, idle)
     work = [(c.alone_s * alone + c.shared_s * together / 2) / slab for c in copies]
     spread = tuple(w / statistics.mean(work) for w in work) if len(work) >= FEW else ()
     return Machine(Link(together, alone=alone, spread=spread, **beside), costs)
+
+
+def late_s(runs: Sequence[Watched], copy_s: float) -> float:
+    """By how much copies that are slowed to `copy_s` one after the other end later than that: mean."""
+    late = []
+    for run in runs:
+        free = 0.0
+        for copy in sorted((span for span in run.spans if span.kind == COPY), key=lambda span: span.start):
+            free = max(free, copy.start) + copy_s
+            late.append(copy.end - free)
+    return max(0.0, statistics.mean(late)) if late else 0.0
 
 
 class Copy(NamedTuple):
