@@ -111,10 +111,10 @@ def _until_stopped(model: str | None, matrix: Matrix, options: dict[str, Any]) -
         try:
             return measure(model, matrix, options, _say), 0
         except Unfinished as cut:
-            _say(f"stopped by signal {cut.number}: {len({row['row'] for row in cut.rows})} rows have figures")
+            _say(f"stopped by signal {cut.number}; of {matrix.course.repetitions} repetitions, those that were over:")
             return cut.rows, 128 + cut.number
         except Stop as stop:
-            _say(f"stopped by signal {stop.number}: 0 rows have figures")
+            _say(f"stopped by signal {stop.number} before the first repetition")
             return [], 128 + stop.number
 
 

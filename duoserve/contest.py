@@ -91,10 +91,13 @@ class Outcome:
     load_s: list[float] = field(default_factory=list)
     error: str | None = None
 
-    def whole(self, course: Course) -> bool:
-        """Whether it answered all that was asked."""
+    def kept(self, course: Course) -> int:
+        """Leave out what was answered of a repetition that was not over; returns how many were."""
         asked = {COLD: 1, WARM: 1, STEADY: course.steady}
-        return all(len(self.samples[phase]) == course.repetitions * n for phase, n in asked.items())
+        whole = min(len(self.samples[phase]) // n for phase, n in asked.items())
+        self.samples = {phase: self.samples[phase][: whole * n] for phase, n in asked.items()}
+        self.load_s = self.load_s[:whole]
+        return whole
 
 
 class Failed(Exception):
@@ -253,12 +256,8 @@ def compete(
 
 
 def _answered(outcomes: list[Outcome], course: Course) -> list[Outcome]:
-    """Those that say anything; those that were not over say so."""
-    found = [outcome for outcome in outcomes if outcome.error or any(outcome.samples.values())]
-    for outcome in found:
-        if outcome.error is None and not outcome.whole(course):
-            outcome.error = f"interrupted in repetition {len(outcome.load_s)} of {course.repetitions}"
-    return found
+    """Those that failed, and those that answered all of a repetition."""
+    return [outcome for outcome in outcomes if outcome.error or outcome.kept(course)]
 
 
 def _started(contender: Contender, number: int, stack: ExitStack, course: Course, say: Say) -> Process | str:
