@@ -323,7 +323,7 @@ with stoppable():
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
 def test_a_stopped_benchmark_keeps_what_was_answered_and_leaves_nothing_behind(number: int, tmp_path: Path) -> None:
-    """Stuck in the second repetition of its second cell. The signal goes to its whole process group, as a terminal has it."""
+    """Stuck in the second repetition of its second cell. The signal goes to all of its group, as a terminal sends it."""
     try:
         with cap.memory_group(most := 64 << 20, "test"):
             pass
