@@ -17,7 +17,7 @@ import typer
 from duoserve import results
 from duoserve.board import compared, table
 from duoserve.config import POLICIES, EngineConfig, parse_share, parse_size, size
-from duoserve.contest import PHASES, Contender, Course, compete
+from duoserve.contest import PHASES, Contender, Course, Stop, Stopped, compete, stoppable
 from duoserve.core import Refusal, nearest
 from duoserve.matrix import Matrix, Subject, our_contenders, peer_contenders, study, takes
 from duoserve.peers import chosen
@@ -88,7 +88,7 @@ def bench(
     before = results.read(compare) if compare is not None else None
     if output is not None and not output.absolute().parent.is_dir():
         raise Refusal("E_IO", f"there is no folder {output.absolute().parent}", "give one that is there")
-    found = measure(model, matrix, options, _say)
+    found, status = _until_stopped(model, matrix, options)
     if output is not None:
         results.write(output, found)
     for text in (results.line(r) for r in found) if as_json else table(found):
@@ -96,6 +96,29 @@ def bench(
     if before is not None:
         for text in compared(found, before):
             print(text, file=sys.stderr if as_json else sys.stdout)
+    if status:
+        raise typer.Exit(status)
+
+
+class Unfinished(Exception):
+    """A signal stopped the benchmark; the rows of what was answered until then."""
+
+    def __init__(self, number: int, rows: list[results.Record]):
+        super().__init__(number, rows)
+        self.number, self.rows = number, rows
+
+
+def _until_stopped(model: str | None, matrix: Matrix, options: dict[str, Any]) -> tuple[list[results.Record], int]:
+    """Rows, and the exit status: 0, or 128 and the signal that stopped it."""
+    with stoppable():
+        try:
+            return measure(model, matrix, options, _say), 0
+        except Unfinished as cut:
+            _say(f"stopped by signal {cut.number}; of {matrix.course.repetitions} repetitions, those that were over:")
+            return cut.rows, 128 + cut.number
+        except Stop as stop:
+            _say(f"stopped by signal {stop.number} before the first repetition")
+            return [], 128 + stop.number
 
 
 def measure(
@@ -117,7 +140,10 @@ def run(
     options: dict[str, Any],
     say: Callable[[str], None],
 ) -> list[results.Record]:
-    """Let these contenders run the matrix's prompt sets and batches; its policies and peers are not looked at."""
+    """Let these contenders run the matrix's prompt sets and batches; its policies and peers are not looked at.
+
+    Raises `Unfinished` where somebody stopped it.
+    """
     from duoserve.tally import Setting, record
 
     in_turns = _fit_together(contenders, subject, say)
@@ -134,7 +160,11 @@ def run(
         peer_needs=subject.peer_needs,
         link=parse_size(options["link"], "link") if options.get("link") else None,
     )
-    outcomes = compete(contenders, subject.cells, matrix.course, in_turns, say)
+    try:
+        outcomes = compete(contenders, subject.cells, matrix.course, in_turns, say)
+    except Stopped as stopped:
+        rows = [record(outcome, phase, setting) for outcome in stopped.outcomes for phase in PHASES]
+        raise Unfinished(stopped.number, rows) from stopped
     return [record(outcome, phase, setting) for outcome in outcomes for phase in PHASES]
 
 
@@ -189,9 +219,6 @@ def _git(*args: str) -> str | None:
 
 def _policies(text: str) -> list[str]:
     names = [] if text == "none" else [name.strip() for name in text.split(",")]
-    if "belady" in names:
-        what = "policy 'belady' evicts by the future, and 0 recorded passes are given"
-        raise Refusal("E_OPTION", what, "see what it would do: duoserve simulate --policy belady")
     return [_one_of("policy", name, POLICIES) for name in names]
 
 

@@ -74,7 +74,8 @@ class ExpertCache:
         self._worth = np.zeros(len(self._layer))
         self._shut = np.full(len(self._layer), np.inf)  # 0 where it sits in a slot that is not pinned
         self._ties: dict[int, np.ndarray] = {}  # by turn: what of each expert's worth breaks ties
-        self._value = np.empty(len(self._layer))  # worked on by `offer`
+        self._value = np.empty(len(self._layer))  # worth, ties broken; infinite where it is shut
+        self._valued = False  # whether that is up to date
         self._free = list(reversed(self.slots))
         self._turn = 0  # the layer whose turn it is
 
@@ -115,7 +116,7 @@ class ExpertCache:
 
     def turn(self, layer: int, rows: int, chosen: Mapping[int, int]) -> None:
         """A layer's router has spoken for `rows` tokens: `chosen` is how many of them each expert got."""
-        self._turn = layer
+        self._turn, self._valued = layer, False
         if self._keep is Keep.TOLD:
             return
         worth = self._worth[self._first[layer] : self._first[layer + 1]]
@@ -132,6 +133,7 @@ class ExpertCache:
     def appraise(self, worth: np.ndarray, experts: np.ndarray | slice = slice(None)) -> None:
         """What experts are worth from now on, larger is better: all of them, layer by layer, or those at `experts`."""
         self._worth[experts] = worth
+        self._valued = False
 
     def wanted(self) -> Key | None:
         """The expert worth most of those that sit in no slot and are worth anything; None where there is none."""
@@ -164,7 +166,8 @@ class ExpertCache:
             self._free.pop()
         else:
             former = self._at(slot.key)
-            self._slot[former], self._shut[former] = -1, np.inf
+            self._slot[former] = -1
+            self._close(former)
             self.evictions += 1
         slot.key, slot.pins = key, 1
         self._slot[self._at(key)] = slot.index
@@ -173,13 +176,36 @@ class ExpertCache:
         """The slot that `claim` would take: a free one, else that of the expert worth least."""
         if self._free:
             return self._free[-1]
-        value = np.add(self._worth, self._shut, out=self._value)
-        if self._keep is not Keep.TOLD:
-            value -= self._tie()
-        if sparing is not None:
-            value[self._first[sparing] : self._first[sparing + 1]] = np.inf
+        value = self._values()
+        if sparing is None:
+            expert = value.argmin()
+            return self.slots[self._slot[expert]] if value[expert] < np.inf else None
+        spared = value[self._first[sparing] : self._first[sparing + 1]]
+        former = spared.copy()
+        spared.fill(np.inf)
         expert = value.argmin()
-        return self.slots[self._slot[expert]] if value[expert] < np.inf else None
+        found = self.slots[self._slot[expert]] if value[expert] < np.inf else None
+        spared[:] = former
+        return found
+
+    def _values(self) -> np.ndarray:
+        """Of each expert, what `offer` goes by; made anew once a turn, and kept up by who opens and closes."""
+        if not self._valued:
+            np.add(self._worth, self._shut, out=self._value)
+            if self._keep is not Keep.TOLD:
+                self._value -= self._tie()
+            self._valued = True
+        return self._value
+
+    def _close(self, at: int) -> None:
+        """An expert can not be evicted: it is in use, or in no slot."""
+        self._shut[at] = self._value[at] = np.inf
+
+    def _open(self, at: int) -> None:
+        """It can."""
+        self._shut[at] = 0.0
+        if self._valued:
+            self._value[at] = self._worth[at] - (self._tie()[at] if self._keep is not Keep.TOLD else 0.0)
 
     def least(self, worth: np.ndarray) -> Slot:
         """A free slot, else that of the expert worth least by other figures than the pool's own; it may be pinned."""
@@ -197,18 +223,19 @@ class ExpertCache:
     def pin(self, slot: Slot) -> None:
         assert slot.key is not None, slot
         slot.pins += 1
-        self._shut[self._at(slot.key)] = np.inf
+        self._close(self._at(slot.key))
 
     def unpin(self, slot: Slot) -> None:
         assert slot.key is not None and slot.pins > 0, slot
         slot.pins -= 1
         if slot.pins == 0:
-            self._shut[self._at(slot.key)] = 0.0
+            self._open(self._at(slot.key))
 
     def forget(self, slot: Slot) -> None:
         """Empty a slot whose copy failed."""
         assert slot.key is not None, slot
-        self._slot[self._at(slot.key)], self._shut[self._at(slot.key)] = -1, np.inf
+        self._slot[self._at(slot.key)] = -1
+        self._close(self._at(slot.key))
         slot.key, slot.pins, slot.ready = None, 0, None
         self._free.append(slot)
 
@@ -221,7 +248,8 @@ class ExpertCache:
             return
         self._free.pop()
         slot.key, slot.ready = former, ready
-        self._slot[self._at(former)], self._shut[self._at(former)] = slot.index, 0.0
+        self._slot[self._at(former)] = slot.index
+        self._open(self._at(former))
         self.evictions -= 1
 
     def check(self) -> None:

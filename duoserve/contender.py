@@ -4,6 +4,8 @@
     {"do": "ready"}                    everything is imported
     {"do": "open"}                     loads, or loads anew, with nothing of its files in the page cache
     {"do": "run", "ids": [[...]], "mask": [[...]], "pad": 0, "new_tokens": 32}      answers greedily
+    {"do": "record", "requests": [{"ids": ..., "mask": ..., "pad": 0}], "new_tokens": 32}     what will be asked once it is
+                                       opened next: answered now, unmeasured, for a policy that knows the future
 
 Each is answered by one line of JSON, {"error": ...} where it failed. Both kinds are measured by the same code: transformers'
 `generate`, its clock a stopping criterion that never stops. Knows both kinds; knows nothing of turns, caps or tables.
@@ -18,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -28,12 +31,15 @@ from duoserve import opening
 from duoserve.cap import forget_files
 from duoserve.checkpoint import quiet
 from duoserve.contest import Contender
+from duoserve.core import Policy, Step
 from duoserve.engine import Engine
+from duoserve.future import Future
 from duoserve.moe import OffloadedExperts
 from duoserve.peers import open_peer
 from duoserve.system import give_back, use_threads
 
 OURS = "duoserve"
+SEED = 0  # of uniform routes
 
 
 class Counts(NamedTuple):
@@ -70,8 +76,8 @@ class Subject(Protocol):
 class Ours:
     """A DuoServe engine."""
 
-    def __init__(self, contender: Contender):
-        self.engine: Engine = opening.load(contender.model, **contender.options)
+    def __init__(self, contender: Contender, future: Future | None = None):
+        self.engine: Engine = opening.load(contender.model, future=future, **contender.options)
         self.model, self.torch_device = self.engine.model, self.engine.device.torch_device
         if contender.routes == "uniform":
             uniform_routes(self.model)
@@ -206,6 +212,7 @@ class Service:
     def __init__(self, contender: Contender, scratch: Path):
         self._contender, self._scratch = contender, scratch
         self._subject: Subject | None = None
+        self._future: Future | None = None
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
         do = request.pop("do")
@@ -213,6 +220,8 @@ class Service:
             return {}
         if do == "open":
             return self.open()
+        if do == "record":
+            return self.record(**request)
         assert self._subject is not None, do
         return run(self._subject, **request)
 
@@ -220,10 +229,10 @@ class Service:
         self.close()
         for path in self._files():
             forget_files(path)
-        torch.manual_seed(0)  # of uniform routes
+        torch.manual_seed(SEED)
         began = time.perf_counter()
         ours = self._contender.engine == OURS
-        self._subject = Ours(self._contender) if ours else Peer(self._contender, self._scratch)
+        self._subject = Ours(self._contender, self._future) if ours else Peer(self._contender, self._scratch)
         load_s = time.perf_counter() - began
         for path in self._files():
             forget_files(path)
@@ -231,6 +240,20 @@ class Service:
         about = {"load_s": load_s, "model_size": sum(sizes), "model_type": self._subject.model.config.model_type}
         about |= {"n_threads": torch.get_num_threads(), "rss_peak_bytes": _peak_rss()}
         return self._subject.about() | about
+
+    def record(self, requests: list[dict[str, Any]], new_tokens: int) -> dict[str, Any]:
+        """Routes do not depend on the policy: one that knows nothing makes those that will come."""
+        self.close()
+        known = self._contender.options | {"policy": Policy.LRU.value}
+        steps: list[Step] = []
+        torch.manual_seed(SEED)
+        subject = Ours(replace(self._contender, options=known))
+        subject.engine.runtime.observers.append(lambda step: steps.append(step))
+        for request in requests:
+            run(subject, **request, new_tokens=new_tokens)
+        self._future = Future.of(steps, [layer.n_experts for layer in subject.engine.store.layers])
+        subject.close()
+        return {"passes": len(steps)}
 
     def _files(self) -> Iterator[Path]:
         yield Path(self._contender.folder)

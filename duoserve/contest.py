@@ -10,12 +10,13 @@ from __future__ import annotations
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -26,6 +27,7 @@ COLD, WARM, STEADY = "cold", "warm", "steady"
 PHASES = (COLD, WARM, STEADY)
 SETTLING = 1  # requests between warm and steady that are not reported
 PATIENCE_S = 600.0
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Contender:
     routes: str = "real"  # or "uniform", which ours alone can
     cap: int | None = None
     scratch: str | None = None
+    foresees: bool = False  # it is shown the requests of a repetition before that is measured
 
 
 class Request(NamedTuple):
@@ -88,9 +91,52 @@ class Outcome:
     load_s: list[float] = field(default_factory=list)
     error: str | None = None
 
+    def kept(self, course: Course) -> int:
+        """Leave out what was answered of a repetition that was not over; returns how many were."""
+        asked = {COLD: 1, WARM: 1, STEADY: course.steady}
+        whole = min(len(self.samples[phase]) // n for phase, n in asked.items())
+        self.samples = {phase: self.samples[phase][: whole * n] for phase, n in asked.items()}
+        self.load_s = self.load_s[:whole]
+        return whole
+
 
 class Failed(Exception):
     """A contender did not answer; the message says why, in a line."""
+
+
+class Stop(KeyboardInterrupt):
+    """Somebody asks to stop, by this signal."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
+
+
+class Stopped(Exception):
+    """It was, and everything is cleaned up; what was answered until then."""
+
+    def __init__(self, number: int, outcomes: list[Outcome]):
+        super().__init__(number, outcomes)
+        self.number, self.outcomes = number, outcomes
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """The first of these signals raises `Stop`; none is heard while what it ended is cleaned up."""
+    former = {number: signal.getsignal(number) for number in SIGNALS}
+
+    def stop(number: int, frame: Any) -> None:
+        for other in SIGNALS:
+            signal.signal(other, signal.SIG_IGN)
+        raise Stop(number)
+
+    try:
+        for number in SIGNALS:
+            signal.signal(number, stop)
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
 
 
 class Process:
@@ -107,10 +153,10 @@ class Process:
             self._group = stack.enter_context(memory_group(contender.cap, str(number)))
             command = ["sh", "-c", f'echo $$ > "{self._group.procs}" && exec "$@"', "sh", *command]
         env = os.environ | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, env=env
+        self._process = subprocess.Popen(  # a session of its own: Ctrl-C in a terminal is for us, who end it
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, env=env, start_new_session=True
         )
-        stack.callback(self.end)
+        stack.push(self._leave)
         self._buffer = b""
         self._write(asdict(contender))
 
@@ -126,6 +172,12 @@ class Process:
         if "error" in found:
             raise Failed(_plain(found["error"]))
         return dict(found)
+
+    def _leave(self, kind: type[BaseException] | None, *about: Any) -> None:
+        """Let it go; where somebody asked to stop, at once."""
+        if kind is not None and issubclass(kind, KeyboardInterrupt):
+            self._process.kill()
+        self.end()
 
     def end(self) -> None:
         """Let it go; ends it where it does not go by itself."""
@@ -185,14 +237,27 @@ Say = Callable[[str], None]
 def compete(
     contenders: Sequence[Contender], cells: Sequence[Cell], course: Course, in_turns: bool, say: Say
 ) -> list[Outcome]:
-    """Outcomes of every contender in every cell, in that order. A contender that fails has them with an error."""
+    """Outcomes of every contender in every cell, in that order. A contender that fails has them with an error.
+
+    Raises `Stopped` where a `Stop` rose, once all processes and groups are gone.
+    """
     groups = [list(contenders)] if in_turns else [[one] for one in contenders]
-    found = []
-    for number, group in enumerate(groups):
-        with ExitStack() as stack:
-            started = [(one, _started(one, at, stack, course, say)) for at, one in enumerate(group, number)]
-            found += _group([(one, _ready(process)) for one, process in started], cells, course, say)
+    found: list[Outcome] = []
+    try:
+        for number, group in enumerate(groups):
+            outcomes = [[Outcome(one, cell) for cell in cells] for one in group]
+            found += [outcome for of in outcomes for outcome in of]
+            with ExitStack() as stack:
+                started = [_started(one, at, stack, course, say) for at, one in enumerate(group, number)]
+                _group([_ready(process) for process in started], outcomes, course, say)
+    except Stop as stop:
+        raise Stopped(stop.number, _answered(found, course)) from stop
     return found
+
+
+def _answered(outcomes: list[Outcome], course: Course) -> list[Outcome]:
+    """Those that failed, and those that answered all of a repetition."""
+    return [outcome for outcome in outcomes if outcome.error or outcome.kept(course)]
 
 
 def _started(contender: Contender, number: int, stack: ExitStack, course: Course, say: Say) -> Process | str:
@@ -215,22 +280,22 @@ def _ready(process: Process | str) -> Process | str:
         return str(failed)
 
 
-def _group(
-    started: list[tuple[Contender, Process | str]], cells: Sequence[Cell], course: Course, say: Say
-) -> list[Outcome]:
-    table = {(i, j): Outcome(one, cell) for i, (one, _) in enumerate(started) for j, cell in enumerate(cells)}
-    for (i, _), outcome in table.items():
-        process = started[i][1]
-        outcome.error = process if isinstance(process, str) else None
-    for j, cell in enumerate(cells):
+def _group(started: list[Process | str], outcomes: list[list[Outcome]], course: Course, say: Say) -> None:
+    """Fill the outcomes, by contender and cell."""
+    for process, of in zip(started, outcomes, strict=True):
+        for outcome in of:
+            outcome.error = process if isinstance(process, str) else None
+    for in_cell in zip(*outcomes, strict=True):
+        cell = in_cell[0].cell
         for repetition in range(course.repetitions):
             say(f"{cell.prompts}, batch {cell.batch}: repetition {repetition + 1} of {course.repetitions}")
-            for phase, request in _requests(cell, repetition, course):
+            coming = list(_requests(cell, repetition, course))
+            for phase, request in coming:
                 for i in _rotated(len(started), repetition):
-                    process = started[i][1]
+                    process = started[i]
                     if isinstance(process, Process):
-                        _turn(process, table[i, j], phase, request, course)
-    return list(table.values())
+                        shown = [r for _, r in coming] if phase == COLD and in_cell[i].contender.foresees else None
+                        _turn(process, in_cell[i], phase, request, course, shown)
 
 
 def _rotated(n: int, by: int) -> list[int]:
@@ -245,11 +310,20 @@ def _requests(cell: Cell, repetition: int, course: Course) -> Iterator[tuple[str
         yield phase, cell.requests[number % len(cell.requests)]
 
 
-def _turn(process: Process, outcome: Outcome, phase: str | None, request: Request, course: Course) -> None:
-    """One request to one contender; a process that is gone stays so, in all cells."""
+def _turn(
+    process: Process,
+    outcome: Outcome,
+    phase: str | None,
+    request: Request,
+    course: Course,
+    shown: list[Request] | None = None,
+) -> None:
+    """One request to one contender, who may be `shown` what will come; a process that is gone stays so, in all cells."""
     if outcome.error is not None:
         return
     try:
+        if shown is not None:
+            process.ask("record", requests=[one._asdict() for one in shown], new_tokens=course.new_tokens)
         if phase == COLD:
             about = process.ask("open")
             outcome.load_s.append(about.pop("load_s"))

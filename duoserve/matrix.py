@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from duoserve.contest import Cell, Contender, Course, Request
-from duoserve.core import Refusal
+from duoserve.core import Policy, Refusal
 from duoserve.prompts import Prompt, PromptSet
 
 if TYPE_CHECKING:
@@ -164,7 +164,8 @@ def ours(row: str, subject: Subject, share: float, policy: str, matrix: Matrix, 
     known["policy"] = policy
     if asks and matrix.predictor is not None:
         known["predictor"] = matrix.predictor
-    return Contender(row, "duoserve", subject.model, str(subject.folder), known, matrix.routes, matrix.cap)
+    folder, foresees = str(subject.folder), policy == Policy.BELADY.value
+    return Contender(row, "duoserve", subject.model, folder, known, matrix.routes, matrix.cap, foresees=foresees)
 
 
 def peer_contenders(subject: Subject, matrix: Matrix, options: dict[str, Any]) -> Iterator[Contender]:

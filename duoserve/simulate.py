@@ -6,7 +6,9 @@ a `ClockDevice`. Knows what a pass chose and what work costs; knows nothing of t
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -14,7 +16,7 @@ import torch
 
 from duoserve.cache import Slot
 from duoserve.clock import ClockDevice, Link
-from duoserve.core import Key, Phase, Policy, Predictor, Route, Step, When
+from duoserve.core import Key, Phase, Policy, Predictor, Route, Step
 from duoserve.decisions import Decisions
 from duoserve.device import Device
 from duoserve.future import Future
@@ -27,7 +29,6 @@ __all__ = [
     *(
         "Costs",
         "Driver",
-        "Foreseeing",
         "Link",
         "Outcome",
         "Pass",
@@ -37,7 +38,7 @@ __all__ = [
         "Slabs",
         "counted",
     ),
-    *("passes", "simulate"),
+    *("passes", "simulate", "undisturbed"),
 ]
 
 
@@ -136,10 +137,24 @@ def simulate(
     simulation.runtime.record(timeline)
     if future is not None:
         simulation.runtime.foresee(future)
-    for one in passes:
-        simulation.run(one)
+    with undisturbed():
+        for one in passes:
+            simulation.run(one)
     simulation.runtime.record(None)
     return simulation.outcome()
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """While passes are simulated, nobody looks for cycles: their events make none, and all that torch has loaded would be
+    looked through again and again, which takes longer than the passes."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 class Driver:
@@ -278,43 +293,6 @@ def counted(ids: Iterable[int], experts: int) -> dict[int, int]:
         if e < experts:
             rows[e] = rows.get(e, 0) + 1
     return rows
-
-
-class Foreseeing:
-    """A predictor that knows the passes to come. `accuracy`: how likely each expert is seen; for one that is not, another is
-    named."""
-
-    lead, n_bytes, n_params = 1, 0, 0
-    wants: frozenset[str] = frozenset()
-    fingerprint: str | None = None
-
-    def __init__(self, passes: Sequence[Pass], experts: Sequence[int], accuracy: float = 1.0, seed: int = 0):
-        self.name = "oracle" if accuracy == 1 else f"oracle at {accuracy:.0%}"
-        self._passes, self._experts, self._accuracy = passes, experts, accuracy
-        self._random = torch.Generator().manual_seed(seed)
-
-    def when(self, layer: int) -> When | None:
-        return When.ROUTE if layer >= self.lead else When.START
-
-    def rank(self, step: Step, layer: int) -> torch.Tensor:
-        scores = torch.zeros(self._experts[layer])
-        scores[list(self._passes[step.index].chosen[layer])] = 1.0
-        if self._accuracy < 1:
-            self._blur(scores)
-        return scores
-
-    def rank_rows(self, step: Step, layer: int) -> torch.Tensor:
-        return self.rank(step, layer).expand(step.rows, -1)
-
-    def observe(self, step: Step) -> None: ...
-
-    def _blur(self, scores: torch.Tensor) -> None:
-        for expert in scores.nonzero().flatten().tolist():
-            if torch.rand((), generator=self._random).item() >= self._accuracy:
-                others = (scores == 0).nonzero().flatten()
-                scores[expert] = 0.0
-                if len(others):
-                    scores[others[int(torch.randint(len(others), (), generator=self._random))]] = 1.0
 
 
 class _Timed:

@@ -111,7 +111,7 @@ class Played(NamedTuple):
 def split(scene: Scene, passes: Sequence[Pass], timeline: Timeline | None = None) -> Played:
     """Simulate."""
     from duoserve.future import Future
-    from duoserve.simulate import Link, Shape, Simulation
+    from duoserve.simulate import Link, Shape, Simulation, undisturbed
 
     needs = scene.needs
     experts = tuple(layer.experts for layer in needs.layers)
@@ -127,10 +127,11 @@ def split(scene: Scene, passes: Sequence[Pass], timeline: Timeline | None = None
     first = None
     if timeline is not None:
         simulation.runtime.record(timeline)
-    for number, one in enumerate(passes):
-        simulation.run(one)
-        if number == 0 and one.phase is Phase.PREFILL:
-            first = simulation.outcome()
+    with undisturbed():
+        for number, one in enumerate(passes):
+            simulation.run(one)
+            if number == 0 and one.phase is Phase.PREFILL:
+                first = simulation.outcome()
     if timeline is not None:
         simulation.runtime.record(None)
     return Played(first, simulation.outcome(), simulation.device.compute.busy_s)

@@ -82,6 +82,7 @@ class Transfer:
         self.manners = manners
         self.slab_bytes = store.slab_bytes
         self.memory = device.arena(len(cache.slots) * self.slab_bytes)
+        self._slabs = self.memory.view(len(cache.slots), self.slab_bytes).unbind()  # once: a view takes microseconds
         self._weights: dict[tuple[int, int], dict[str, Weight | torch.Tensor]] = {}
         self.hits = self.in_flight = self.misses = self.guesses = 0
         self.lock = threading.RLock()
@@ -102,7 +103,7 @@ class Transfer:
 
     def slab(self, slot: Slot) -> torch.Tensor:
         """The slot's memory, (slab_bytes,) uint8 on the device."""
-        return self.memory[slot.index * self.slab_bytes : (slot.index + 1) * self.slab_bytes]
+        return self._slabs[slot.index]
 
     def weights(self, slot: Slot) -> dict[str, Weight | torch.Tensor]:
         """The slot's expert as parameters by name: views, made once per slot."""
@@ -124,7 +125,7 @@ class Transfer:
             slot.ready = self.device.copy.submit(lambda: self.store.read_into(key, into), (), former, lane, cost, key)
         else:
             slot.ready = self.host.send(key, into[:cost], former, lane)
-        slot.released = tuple(event for event in former if not event.done)  # should this copy be taken back
+        slot.released = tuple([event for event in former if not event.done])  # should this copy be taken back
         return slot
 
     def _take_back(self, slot: Slot) -> bool:

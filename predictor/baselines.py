@@ -10,6 +10,7 @@ Control         the layer's own router on its own input: what must read 100 %, e
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -22,8 +23,8 @@ from predictor.model import Shape
 NOTHING: frozenset[str] = frozenset()
 
 
-class _Plain:
-    """What most baselines answer alike."""
+class _Plain(ABC):
+    """What most baselines answer alike; each ranks rows in its own way."""
 
     name = "plain"
     lead = 1
@@ -34,15 +35,16 @@ class _Plain:
     def when(self, layer: int) -> When | None:
         return When.START
 
+    @abstractmethod
     def rank_rows(self, step: Step, layer: int) -> torch.Tensor:
-        raise NotImplementedError
+        """(T, E): how likely each row is to choose each expert of the layer."""
 
     @torch.inference_mode()
     def rank(self, step: Step, layer: int) -> torch.Tensor:
         return summed(step, self.rank_rows(step, layer))
 
-    def observe(self, step: Step) -> None:
-        pass
+    def observe(self, step: Step) -> None:  # noqa: B027
+        """Most remember nothing."""
 
 
 class Gate(_Plain):

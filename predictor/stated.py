@@ -1,5 +1,5 @@
-"""A predictor of a stated quality, to simulate with: knows what will be chosen and spoils it to a slot recall. Knows Steps
-that were made or recorded beforehand; learns nothing.
+"""A predictor of a stated quality, to simulate with: knows what will be chosen and spoils it to a slot recall; at 100 % it
+is the oracle. Knows Steps that were made or recorded beforehand; learns nothing.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ class StatedPredictor:
 
     Scores are `recall` for each row that is named for an expert: what a calibrated predictor would expect. Steps are told
     apart by their index; the same index, layer and seed give the same answer. Errors are independent of each other, where
-    those of real predictors gather in hard tokens and layers.
+    those of real predictors gather in hard tokens and layers. `first`: asked about the first layers too, when a pass begins.
     """
 
     wants = NOTHING
     fingerprint: str | None = None
     n_params = 0
 
-    def __init__(self, steps: Iterable[Step], experts: Sequence[int], recall: float, lead: int = 1, seed: int = 0,
-                 n_bytes: int = 0):  # fmt: skip
-        self.name = f"stated recall {recall:.0%}"
+    def __init__(self, steps: Iterable[Step], experts: Sequence[int], recall: float = 1.0, lead: int = 1, seed: int = 0,
+                 n_bytes: int = 0, first: bool = False):  # fmt: skip
+        self.name = "oracle" if recall == 1 else f"stated recall {recall:.0%}"
         self.experts, self.recall, self.lead, self.n_bytes = list(experts), recall, lead, n_bytes
-        self._seed = seed
+        self._seed, self._first = seed, When.START if first else None
         self._routes = {step.index: {route.layer: route.ids_TK for route in step.routes} for step in steps}
 
     def when(self, layer: int) -> When | None:
-        return When.ROUTE if layer >= self.lead else None
+        return When.ROUTE if layer >= self.lead else self._first
 
     def rank(self, step: Step, layer: int) -> torch.Tensor:
         return self.rank_rows(step, layer).sum(dim=0)
@@ -44,7 +44,8 @@ class StatedPredictor:
         scores_TE = torch.zeros(step.rows, n)
         if true_TK is None or true_TK.shape[0] != step.rows:
             return scores_TE
-        return scores_TE.scatter_(1, self._spoiled(true_TK, n, (self._seed, step.index, layer)), self.recall)
+        named_TK = self._spoiled(true_TK, n, (self._seed, step.index, layer)) if self.recall < 1 else true_TK
+        return scores_TE.scatter_(1, named_TK, self.recall)
 
     def observe(self, step: Step) -> None:
         pass

@@ -7,10 +7,13 @@ takes to import torch; what goes over the pipe is the same JSON.
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
+import signal
 import subprocess
 import sys
+import time
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -176,6 +179,19 @@ def test_every_policy_has_as_many_slots_whether_or_not_it_asks_a_predictor(bench
     assert [r["error"] for r in rows] == [None] * 6 and {r["model_filename"] for r in rows} == {"demo"}
 
 
+def test_who_knows_the_future_is_a_row_like_the_others(bench: Any, toy: Any, tmp_path: Path) -> None:
+    """Its routes are recorded in a pass of their own; the same tokens, and fewest bytes."""
+    out = tmp_path / "r.jsonl"
+    bench(str(toy("mixtral")), "--policies", "belady,lru", "--residency", "50%", "--prompts", "prose", "--new-tokens", "6",
+          "--repetitions", "1", "--limit-tokens", "4", "--dtype", "float32", "-o", str(out))  # fmt: skip
+    belady, lru = ([r for r in results.read(out) if r["policy"] == policy] for policy in ("belady", "lru"))
+    assert all(r["error"] is None for r in belady) and len(belady) == len(lru) == len(PHASES)
+    assert [r["slots"] for r in belady] == [r["slots"] for r in lru]
+    assert [r["tokens_sha256"] for r in belady] == [r["tokens_sha256"] for r in lru]
+    assert sum(r["miss"] for r in belady) < sum(r["miss"] for r in lru)
+    assert sum(r["bytes_per_token"] for r in belady) < sum(r["bytes_per_token"] for r in lru)
+
+
 def test_uniform_routes_hit_as_often_as_residency(toy: Any, cache: Path) -> None:
     with ExitStack() as stack:
         process = Here(replace(of_engine(toy("mixtral"), cache, policy="lru"), routes="uniform"), 0, stack, 60)
@@ -279,6 +295,67 @@ def test_a_peer_beyond_its_cap_gives_a_row_that_names_the_cap(monkeypatch: pytes
     who = Contender("stock", "stock", "m", ".", {}, cap=64 << 20)
     (outcome,) = compete([who], [cell()], Course(1, 1, 4, patience_s=30), True, lambda what: None)
     assert outcome.error == "killed: out of memory under a cap of 64.0 MiB"
+
+
+STOPPED = """
+import json, sys
+from duoserve.contest import Cell, Contender, Course, Process, Request, Stopped, compete, stoppable
+folder, most = sys.argv[1], int(sys.argv[2])
+Process.command = [sys.executable, "-c", '''
+import os, sys, time
+for line in sys.stdin:
+    open(sys.argv[1] + "/" + str(os.getpid()), "w")
+    if "[[107]]" in line:
+        open(sys.argv[1] + "/stuck", "w")
+        time.sleep(60)
+    if "do" in line: print('{"load_s": 1.0}', flush=True)
+''', folder]
+rows = [Contender(name, "stock", "m", ".", {}, cap=most or None) for name in "ab"]
+cells = [Cell(str(at), 1, tuple(Request([[at + i]], [[1]], 0) for i in range(9))) for at in (0, 100)]
+with stoppable():
+    try:
+        compete(rows, cells, Course(2, 1, 2), True, lambda what: None)
+    except Stopped as stopped:
+        print(json.dumps([(o.contender.row, o.cell.prompts, o.error, len(o.samples["cold"])) for o in stopped.outcomes]))
+        sys.exit(128 + stopped.number)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_a_stopped_benchmark_keeps_what_was_answered_and_leaves_nothing_behind(number: int, tmp_path: Path) -> None:
+    """Stuck in the second repetition of its second cell. The signal goes to all of its group, as a terminal sends it."""
+    try:
+        with cap.memory_group(most := 64 << 20, "test"):
+            pass
+    except Refusal:
+        most = 0  # this user can make no groups
+    bench = subprocess.Popen([sys.executable, "-c", STOPPED, str(tmp_path), str(most)], stdout=subprocess.PIPE,
+                             text=True, start_new_session=True)  # fmt: skip
+    until = time.monotonic() + 60
+    while not (tmp_path / "stuck").exists() and time.monotonic() < until:
+        time.sleep(0.01)
+    begun = [int(path.name) for path in tmp_path.iterdir() if path.name.isdigit()]
+    assert len(begun) == 2 and bench.poll() is None
+    groups = [line for pid in begun for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines()]
+    assert sum(f"duoserve-{bench.pid}-" in line for line in groups) == (2 if most else 0)
+    os.killpg(bench.pid, number)
+    said, _ = bench.communicate(timeout=60)
+    assert bench.returncode == 128 + number
+    kept = [[row, cell, None, cold] for row in "ab" for cell, cold in (("0", 2), ("100", 1))]
+    assert json.loads(said) == kept
+    assert not any(Path(f"/proc/{pid}").exists() for pid in begun)
+    assert f"duoserve-{bench.pid}-" not in memory_groups()
+
+
+def memory_groups() -> str:
+    """The names of all, whatever version the kernel has."""
+    unified = [path.name for path in Path("/sys/fs/cgroup").rglob("duoserve-*")]
+    with ExitStack() as stack:
+        try:
+            root, _ = stack.enter_context(cap._root())
+        except Refusal:
+            return " ".join(unified)
+        return " ".join([*unified, *(path.name for path in root.iterdir())])
 
 
 SETTING = tally.Setting(

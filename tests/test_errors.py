@@ -468,8 +468,6 @@ CASES: list[tuple[str, str, int, str, Callable[[Kit], Any]]] = [
     ("E_OPTION", "a peer that is not installed", 2, r"'accelerate' is not installed; pip install", without_accelerate),
     ("E_OPTION", "an unknown policy to compare", 2, r"'lfu'; did you mean 'lru'",
      lambda k: k.command("bench", "--policies", "duoserve,lfu")),
-    ("E_OPTION", "the future in a benchmark", 2, r"0 recorded passes are given; see what it would do",
-     lambda k: k.command("bench", "--policies", "lru,belady")),
     ("E_SIZE", "more residency than experts", 2, r"residency 150% is more than 100%; write",
      lambda k: k.command("bench", "--residency", "150%")),
     ("E_OPTION", "a batch of none", 2, r"batch '0' is not between 1 and 1024; give",

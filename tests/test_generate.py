@@ -24,6 +24,7 @@ from traces.generate import (
     Shape,
     figures,
     fit,
+    fit_sequences,
     fit_trace,
     generate,
     passes,
@@ -122,6 +123,37 @@ def test_a_fit_finds_a_law_again() -> None:
         assert found[name] == pytest.approx(goal.value, rel=0.1), name
 
 
+def follows(tokens: int, seed: int, layers: int = 4, experts: int = 16, k: int = 2) -> list[np.ndarray]:
+    """Another kind of router: popular experts, some of the last token's, and mostly the followers of what the layer before
+    chose."""
+    shared, rng = np.random.default_rng(5), np.random.default_rng(seed)
+    follower_LE = np.array([shared.permutation(experts) for _ in range(layers)])
+    weights_LE = np.array([shared.permutation(1 / (np.arange(experts) + 6.0)) for _ in range(layers)])
+    ids = np.zeros((layers, tokens, k), np.int64)
+    for token in range(tokens):
+        for layer in range(layers):
+            score_E = np.log(weights_LE[layer]) + rng.gumbel(size=experts)
+            if layer:
+                score_E[follower_LE[layer][ids[layer - 1, token]]] += 2.5
+            if token:
+                score_E[ids[layer, token - 1]] += 0.8
+            ids[layer, token] = np.argsort(-score_E)[:k]
+    return list(ids)
+
+
+def test_a_fitted_generator_has_popularity_repeats_and_affinity_of_what_it_was_fitted_to() -> None:
+    """Of routes that another mechanism made, on sequences that the fit has not seen: popularity and repeats within a fifth,
+    affinity within a third."""
+    shape, unseen = Shape((16,) * 4, (2,) * 4), range(50, 56)
+    fitted = fit_sequences([follows(100, seed) for seed in range(5)], shape, evaluations=60)
+    wanted = figures([follows(100, seed) for seed in unseen], shape)
+    found = figures([generate(fitted.law, shape, 100, seed, fitted.popularity_LE) for seed in unseen], shape)
+    for name in ("needed", "top", "repeated_1", "repeated_8"):
+        assert found[name] == pytest.approx(wanted[name], rel=0.2), (name, found, wanted, fitted.law)
+    assert wanted["affinity"] > 0.25
+    assert found["affinity"] == pytest.approx(wanted["affinity"], rel=0.34), (found, wanted, fitted.law)
+
+
 def test_a_traces_habits_are_learned(toy: Any, load: Any, tmp_path: Path) -> None:
     """Recorded from a model that runs; what is generated then has the trace's own figures."""
     with load(toy("mixtral"), budget="1GiB") as engine:
@@ -132,7 +164,7 @@ def test_a_traces_habits_are_learned(toy: Any, load: Any, tmp_path: Path) -> Non
             engine.generate(input_ids=ids_1S, max_new_tokens=20, eos_token_id=-1)
         watching.close(None, None)
     traces = Traces(tmp_path / "t")
-    fitted = fit_trace(traces, evaluations=25)
+    fitted = fit_trace(traces, evaluations=50)
     made = [generate(fitted.law, fitted.shape, fitted.tokens, seed, fitted.popularity_LE) for seed in range(5)]
     found = figures(made, fitted.shape)
     for name in ("needed", "repeated_1", "repeated_8", "lru_50"):

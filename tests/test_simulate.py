@@ -10,14 +10,14 @@ from typing import Any, cast
 
 import pytest
 import torch
-from guessers import Dice
+from guessers import Dice, foreseeing
 
 from duoserve.core import Key, Phase, Policy
 from duoserve.decisions import Noting, Repeating
 from duoserve.device import ThreadDevice
 from duoserve.future import Future
 from duoserve.moe import open_runtime
-from duoserve.simulate import Driver, Foreseeing, Link, Pass, Shape, Simulation, Slabs, counted, simulate
+from duoserve.simulate import Driver, Link, Pass, Shape, Simulation, Slabs, counted, simulate
 from duoserve.timeline import Timeline
 from duoserve.transfer import HostTier
 
@@ -158,7 +158,7 @@ def test_the_same_run_twice_is_the_same(shape: Shape, asynchronous: bool) -> Non
     passes = recorded()
     runs = [
         simulate(shape, Stated(), Link(1e9), Policy.DUOSERVE, passes, disk=Link(1e9, 1e-5, 2, 6e8), always=True,
-                 predictor=Foreseeing(passes, shape.experts, 0.8), asynchronous=asynchronous)
+                 predictor=foreseeing(passes, shape.experts, 0.8), asynchronous=asynchronous)
         for _ in range(2)
     ]  # fmt: skip
     assert runs[0] == runs[1] and runs[0].counts.guesses > 0
@@ -178,8 +178,8 @@ def test_on_demand_takes_the_sum_of_its_parts() -> None:
 def test_no_run_is_quicker_than_its_link_or_its_compute(policy: Policy) -> None:
     passes, costs = recorded(), Stated()
     asks = policy in (Policy.DUOSERVE, Policy.PAPER, Policy.MIF)
-    foreseeing = Foreseeing(passes, SHAPE.experts) if asks else None
-    found = simulate(SHAPE, costs, Link(2e9), policy, passes, predictor=foreseeing, always=True)
+    guesser = foreseeing(passes, SHAPE.experts) if asks else None
+    found = simulate(SHAPE, costs, Link(2e9), policy, passes, predictor=guesser, always=True)
     compute = len(passes) * (LAYERS + 1) * costs.trunk + found.accesses * costs.expert
     assert found.total_s >= max(compute, found.link_busy_s) and found.link_busy_s >= found.moved_bytes / 2e9 - 1e-9
 
@@ -187,7 +187,7 @@ def test_no_run_is_quicker_than_its_link_or_its_compute(policy: Policy) -> None:
 def test_a_ranking_that_takes_long_comes_too_late() -> None:
     passes = recorded(prompt=1)
     quick, slow = (simulate(SHAPE, Stated(predict_s=s), Link(4e9), Policy.DUOSERVE, passes, always=True,
-                            predictor=Foreseeing(passes, SHAPE.experts)) for s in (1e-5, 5e-3))  # fmt: skip
+                            predictor=foreseeing(passes, SHAPE.experts)) for s in (1e-5, 5e-3))  # fmt: skip
     assert quick.counts.ready + quick.counts.late > 100 > slow.counts.ready + slow.counts.late
     assert slow.prediction is not None and slow.prediction["rankings_too_late"] > 100
 
@@ -195,7 +195,7 @@ def test_a_ranking_that_takes_long_comes_too_late() -> None:
 def test_busy_and_stalled_make_up_the_time_of_the_model() -> None:
     passes, timeline = recorded(), Timeline()
     found = simulate(SHAPE, Stated(), Link(1e9), Policy.DUOSERVE, passes, always=True, timeline=timeline,
-                     predictor=Foreseeing(passes, SHAPE.experts))  # fmt: skip
+                     predictor=foreseeing(passes, SHAPE.experts))  # fmt: skip
     spans = [span for span in timeline.spans() if span.lane == "compute"]
     assert sum(span.end - span.start for span in spans) == pytest.approx(found.total_s)
     stalled = sum(span.end - span.start for span in spans if span.kind == "stall")

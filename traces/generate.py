@@ -8,9 +8,12 @@ For every token and layer the K experts with the largest scores are chosen, wher
     kind   * how much this kind of token does  one per (kind, layer, expert); kinds recur by Zipf's law over KINDS of them
     last   * whether the token before chose it
     recent * how often the last tokens did     a mean that decays by DECAY a token
+    bond   * how near it is to the token       in SPACE dimensions, of which each (layer, expert) has a direction
     a Gumbel number                            so that what remains is drawn in proportion to exp(score)
 
-A token's kind is the same in all layers: that is what makes layers depend on each other. The five strengths are a `Law`;
+A token's kind and its point are the same in all layers: that is what makes layers depend on each other. Kinds come again, so
+that they repeat choices; points do not, and in few dimensions an expert's neighbours in the next layer are few, so that it
+has likely followers (layer affinity) without either. The six strengths are a `Law`;
 `fit` finds them from figures that were published, or from a trace. Vectorised over layers and experts, one turn per token.
 """
 
@@ -27,10 +30,11 @@ from duoserve.core import Phase, Refusal, Route, Step
 from traces.stats import LruDepths, Stats
 from traces.store import Recorded, Traces
 
-KINDS, DECAY = 256, 0.9
+KINDS, DECAY, SPACE = 256, 0.9, 3
 SHAPE_SEED = 20251  # of what all sequences of a shape share: popularity and kinds
 PROMPT = 512  # tokens in which `touched` counts distinct experts
 _LAYERS, _SEQUENCES, _EVALUATIONS = 4, 5, 90  # of one fit
+_LEAST = 5e-3  # a share that is nearer to its goal is as good as there
 _TURNED = 0.4  # how far a fit's first steps go
 
 
@@ -43,6 +47,7 @@ class Law:
     kind: float = 0.0
     last: float = 0.0
     recent: float = 0.0
+    bond: float = 0.0
 
 
 class Shape(NamedTuple):
@@ -58,6 +63,9 @@ class Goal(NamedTuple):
     value: float
     within: float
 
+
+# Where a fit to a trace begins: layers of a trained router depend on each other.
+_BEGIN = Law(0.5, 0.5, 0.5, 0.5, 0.5, 3.0)
 
 # Found by `fit` for what shared notes publish (peers.md, "Routing statistics to calibrate a generator with").
 QWEN3 = Law(1.80, 3.39, 3.75, 1.80, 1.24)
@@ -101,10 +109,13 @@ def generate(
     kinds_CLE = np.float32(law.kind) * shared.standard_normal((KINDS, *size), dtype=np.float32)
     zipf_C = 1 / np.arange(1, KINDS + 1)
     kind_T = own.choice(KINDS, tokens, p=zipf_C / zipf_C.sum())
+    near_LES, about_TS = _points(law.bond, size, tokens, seed)
     before_LE, recent_LE = np.zeros(size, np.float32), np.zeros(size, np.float32)
     chosen_TLK = np.empty((tokens, layers, most), np.int64)
     for token in range(tokens):
         score_LE = base_LE + kinds_CLE[kind_T[token]]
+        if law.bond:
+            score_LE += near_LES @ about_TS[token]
         score_LE += law.last * before_LE
         score_LE += law.recent * recent_LE
         score_LE -= np.log(np.maximum(own.standard_exponential(size, dtype=np.float32), 1e-30))
@@ -115,6 +126,16 @@ def generate(
         recent_LE *= DECAY
         recent_LE += (1 - DECAY) * before_LE
     return [chosen_TLK[:, layer, :k] for layer, k in enumerate(shape.choices)]
+
+
+def _points(bond: float, size: tuple[int, int], tokens: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where experts and tokens lie: their product has deviation `bond`. Drawn apart, so that nothing changes without."""
+    shared, own = np.random.default_rng((SHAPE_SEED, SPACE)), np.random.default_rng((SHAPE_SEED, seed, SPACE))
+    near_LES = shared.standard_normal((*size, SPACE), dtype=np.float32)
+    near_LES *= np.float32(bond) / np.linalg.norm(
+        near_LES, axis=2, keepdims=True
+    )  # equally long: none is more popular for it
+    return near_LES, own.standard_normal((tokens, SPACE), dtype=np.float32)
 
 
 def _largest(score_LE: np.ndarray, k: int) -> np.ndarray:
@@ -229,15 +250,19 @@ def fit_trace(traces: Traces, evaluations: int = _EVALUATIONS) -> Fitted:
     sequences = [ids for ids in sequences if len(ids[0])]
     if not sequences:
         raise Refusal("E_TRACE", f"{traces.folder} holds 0 sequences", "record some first", 3)
+    return fit_sequences(sequences, shape, evaluations)
+
+
+def fit_sequences(sequences: Sequence[list[np.ndarray]], shape: Shape, evaluations: int = _EVALUATIONS) -> Fitted:
+    """Learn a law from choices by layer, (S, K) each, of one sequence or more."""
     stats = Stats(list(shape.experts))
     for ids in sequences:
         stats.add(ids)
     tokens = round(float(np.mean([len(ids[0]) for ids in sequences])))
     seen = figures(sequences[:_SEQUENCES], shape)
-    goals = {name: Goal(seen[name], max(near * seen[name], 1e-3)) for name, near in _NEAR.items()}
+    goals = {name: Goal(seen[name], max(near * seen[name], _LEAST)) for name, near in _NEAR.items()}
     popularity_LE = _standardised(stats)
-    begin = Law(1.0, 1.0, 1.0, 0.5, 0.5)
-    return Fitted(fit(goals, shape, tokens, begin, popularity_LE, evaluations), shape, popularity_LE, goals, tokens)
+    return Fitted(fit(goals, shape, tokens, _BEGIN, popularity_LE, evaluations), shape, popularity_LE, goals, tokens)
 
 
 def _standardised(stats: Stats) -> np.ndarray:
