@@ -62,7 +62,8 @@ def _constants() -> list[str]:
     k_o, b = overhead()
     return [
         "`python -m benchmarks.epsmoe` writes this file. One set of constants for every cell, from the ablation alone "
-        f"(m = {FITTED.m}, o = {FITTED.o}), fixed before the cells were compared:",
+        f"(m = {FITTED.m}, o = {FITTED.o}). Its reading was settled while a few cells were worked by hand; nothing changed "
+        "after the first run:",
         "",
         f"- both exchanges {link_ms(FITTED):.3f} ms: twice what FP8 saves, because it halves their bytes (rows 0, 1);",
         f"- grouped product {product_ms(FITTED, False):.3f} ms, dense {product_ms(FITTED, True):.3f} ms: the rest of rows 0 "
