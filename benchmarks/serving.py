@@ -53,7 +53,11 @@ class Counting:
         moved = self._engine.stats()["bytes_moved"]
         decode = step.phase is Phase.DECODE
         if decode:
-            self.bytes, self.rows, self.passes = self.bytes + moved - self._moved, self.rows + step.rows, self.passes + 1
+            self.bytes, self.rows, self.passes = (
+                self.bytes + moved - self._moved,
+                self.rows + step.rows,
+                self.passes + 1,
+            )
         self._moved = moved
         for route in step.routes:
             experts = set(route.ids_TK.unique().tolist()) - {self._experts[route.layer]}
@@ -192,7 +196,9 @@ def main() -> None:
     rows = [int(n) for n in args.at_once.split(",")]
     most = max(rows)
     if any(most % n for n in rows):
-        raise SystemExit(f"--at-once {args.at_once}: {most} prompts cannot be served in equal groups; use divisors of it")
+        raise SystemExit(
+            f"--at-once {args.at_once}: {most} prompts cannot be served in equal groups; use divisors of it"
+        )
     bench = Bench(args, most)
     bench.serve(1)  # alone, once: what each must answer whoever is beside it; also warms up
     counted = {n: bench.count(n) for n in rows}
@@ -202,7 +208,10 @@ def main() -> None:
             samples[n].append(bench.serve(n))
     plan = bench.engine.plan
     about = {"model": args.model or "demo", "slots": plan.slots, "experts": plan.experts}
-    about |= {name: getattr(args, name) for name in ("format", "residency", "temperature", "new_tokens", "prompt_tokens", "rounds")}
+    about |= {
+        name: getattr(args, name)
+        for name in ("format", "residency", "temperature", "new_tokens", "prompt_tokens", "rounds")
+    }
     bench.close()
     found = {n: counted[n] | _medians(samples[n]) for n in rows}
     for line in table(found):

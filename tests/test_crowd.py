@@ -38,4 +38,3 @@ def test_a_crowd_that_needs_everything_leaves_in_place_what_fits() -> None:
     hits = (many.counts.hits - few.counts.hits) / 10
     assert SLOTS - 8 < hits < SLOTS
     assert run([crowd(everything)] * 12, Policy.LRU).counts.hits == 0
-

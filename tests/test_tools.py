@@ -16,7 +16,9 @@ from test_service import Reader
 
 import duoserve
 from duoserve.api import tools as tools_module
-from duoserve.api.calls import HERMES, MISTRAL, Arguments, Call, Content, Delta, Format, Parser
+from duoserve.api.calls import Arguments, Call, Content, Delta, Format, Parser
+from duoserve.api.formats import HERMES
+from duoserve.api.formats import MIXTRAL as MISTRAL
 from duoserve.api.tools import prepare
 from duoserve.core import Refusal
 from duoserve.sampling import Draw, Sampling
@@ -374,8 +376,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no template": ({"template": None}, "E_TEMPLATE: the model has 0 chat templates"),
     "no place": ({"template": "{{ messages }}"}, "no place for tools"),
     "unknown": ({"template": "{{ tools }}"}, r"not read \(unknown\)"),
-    "xml": ({"template": "{{ tools }}<tool_call>\n<function=f>"}, r"not read \(functions as XML\)"),
-    "harmony": ({"template": "{{ tools }}<|channel|>commentary"}, r"not read \(harmony\)"),
+    "llama": ({"template": "{{ tools }}<|python_tag|>"}, r"not read \(Llama's\)"),
+    "dsml": ({"template": "{{ tools }}<|DSML|function_calls>"}, r"not read \(DeepSeek's DSML\)"),
     "a template that objects": (
         {"template": HERMES_TEMPLATE + "{{ raise_exception('never') }}"},
         r"E_TEMPLATE: the chat template refused 1 messages \(never\)",
