@@ -120,7 +120,9 @@ def joined(deltas: list[Delta]) -> tuple[str, list[tuple[str, str]]]:
     return content, calls
 
 
-def rolled(prepared: Any, tokenizer: Any, seed: int, most: int = 160) -> tuple[list[Delta], str, bool]:
+def rolled(
+    prepared: Any, tokenizer: Any, seed: int, most: int = 160, calls: bool = True
+) -> tuple[list[Delta], str, bool]:
     """What dice write under the mask: the deltas, the text, whether it ended."""
     dull = {token: -9.0 for token in range(len(tokenizer)) if tokenizer.decode([token]).isspace()}
     draw, ids = Draw(Sampling(seed=seed, bias=dull), 2, prepared.mask.again()), [7, 8]
@@ -136,7 +138,7 @@ def rolled(prepared: Any, tokenizer: Any, seed: int, most: int = 160) -> tuple[l
     ended = ids[-1] == tokenizer.eos_token_id
     finish = "stop" if ended else "length"
     deltas += parser.put(text.end()) + parser.end(finish)
-    assert parser.finish(finish) == ("tool_calls" if ended else "length")
+    assert parser.finish(finish) == (("tool_calls" if calls else "stop") if ended else "length")
     return deltas, text.text, ended
 
 

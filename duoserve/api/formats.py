@@ -159,9 +159,7 @@ class Harmony(Format):
                 said, found = True, (yield from parser.content_until(*ENDS))
 
     def _head(self, parser: Parser) -> Generator[None, str, str]:
-        parser.another()
         head, _ = yield from parser.until("<|message|>")
-        parser.over()
         return head
 
     def _call(self, parser: Parser, name: str) -> Letters:
