@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, StringConstraints
+from pydantic import AfterValidator, Field, StringConstraints
 
 from duoserve.api.schema import (
     MAX_MESSAGES,
@@ -24,6 +24,7 @@ from duoserve.api.schema import (
 )
 
 Id = Annotated[str, StringConstraints(max_length=256)]
+LOGPROBS = "message.output_text.logprobs"
 Status = Literal["in_progress", "completed", "incomplete"]
 
 
@@ -112,6 +113,13 @@ class FlatNamedTool(Strict):
     name: str
 
 
+def includable(names: list[str]) -> list[str]:
+    for name in names:
+        if name != LOGPROBS:
+            raise ValueError(f"{name:.80} is not supported; ask for {LOGPROBS}")
+    return names
+
+
 class ResponsesRequest(Strict):
     neutral: ClassVar[dict[str, Any]] = {
         "store": (False,),
@@ -140,7 +148,7 @@ class ResponsesRequest(Strict):
     temperature: Temperature | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    include: Annotated[list[Literal["message.output_text.logprobs"]], Field(max_length=16)] | None = None
+    include: Annotated[list[Id], Field(max_length=16), AfterValidator(includable)] | None = None
     tools: Annotated[list[FlatTool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | FlatNamedTool | None = None
     parallel_tool_calls: bool | None = None
