@@ -77,6 +77,9 @@ TEMPLATES = {
         '{{ {"name": call.function.name, "arguments": call.function.arguments} | tojson }}',
         before="<|tool_call|>[", after="]", between="{{ ', ' }}",
     ),
+    "llama": template(
+        """{{ '{"name": "' }}""" + NAME + """{{ '", "parameters": ' }}""" + JSON + "{{ '}' }}", head="{# <|python_tag|> #}"
+    ),
     "harmony": template(HARMONY_CALL),
     "hermes": HERMES_TEMPLATE,
 }  # fmt: skip
@@ -133,8 +136,8 @@ def test_what_a_template_writes_is_read_back_wherever_it_is_cut(plain: Any, name
     prepared = prepare(QUESTION, TOOLS, "auto", tokenizer)
     for case in range(4):
         asked = calls(dice, nasty=case > 0)[: 1 if name == "harmony" else 3]
-        text = "Let me see. < " * (name != "harmony") + written(tokenizer, name, asked) + "\n"
-        want = "Let me see. <" if name != "harmony" else "", [(f, a) for f, a in asked]
+        said = "" if name in ("harmony", "llama") else "Let me see. <"  # these call first or not at all
+        text, want = said + written(tokenizer, name, asked) + "\n", (said, asked)
         cuttings = [[at] for at in range(1, len(text))] + [
             sorted(dice.sample(range(1, len(text)), 5)) for _ in range(9)
         ]
@@ -235,6 +238,26 @@ def test_harmony_is_read_without_tools_and_its_json_answers_stand_in_the_last_ch
             jsonschema.validate(json.loads(content), SCHEMAS["add-node"])
             ends += 1
     assert ends
+
+
+def test_an_answer_that_is_json_but_no_call_is_told_whole() -> None:
+    llama = format_of("<|python_tag|>")
+    assert not isinstance(llama, str)
+    for text, content, called in (
+        ('{"a": [1, "}"]} and so on', '{"a": [1, "}"]} and so on', []),
+        (" {x} and <|python", " {x} and <|python", []),
+        ("<b> is bold", "<b> is bold", []),
+        ('{"a": 1', '{"a": 1', []),
+        ("<|py", "<|py", []),
+        ('<|python_tag|>{"name": "f", "parameters": {}}', "", [("f", "{}")]),
+        (
+            'Well.<|python_tag|>{"name": "f", "parameters": {}};{"name": "g"}\nDone',
+            "Well.Done",
+            [("f", "{}"), ("g", "{}")],
+        ),
+    ):
+        for at in range(1, len(text)):
+            assert joined(read(Parser(llama), text, [at])) == (content, called), (text, at)
 
 
 def test_a_call_cut_short_or_malformed_leaves_the_rest_readable() -> None:

@@ -378,7 +378,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no template": ({"template": None}, "E_TEMPLATE: the model has 0 chat templates"),
     "no place": ({"template": "{{ messages }}"}, "no place for tools"),
     "unknown": ({"template": "{{ tools }}"}, r"not read \(unknown\)"),
-    "llama": ({"template": "{{ tools }}<|python_tag|>"}, r"not read \(Llama's\)"),
+    "internlm": ({"template": "{{ tools }}<|action_start|>"}, r"not read \(InternLM's\)"),
     "dsml": ({"template": "{{ tools }}<|DSML|function_calls>"}, r"not read \(DeepSeek's DSML\)"),
     "a template that objects": (
         {"template": HERMES_TEMPLATE + "{{ raise_exception('never') }}"},

@@ -71,7 +71,8 @@ class Format:
     """How a family writes calls. `opens` begins them; where what follows is none, it is content up to `closes`.
 
     `markers`: what of it may be special tokens. `always`: answers without tools are written in it, too. `text_arguments`:
-    the family's template joins arguments as text. `id_letters`: of a call's id, where the template insists on their number.
+    the family's template joins arguments as text. `bare`: calls stand without a marker, so that what has not begun to be one
+    is content, however it ends. `id_letters`: of a call's id, where the template insists on their number.
     `schemas`: parameters of the functions at hand, by name.
     """
 
@@ -81,6 +82,7 @@ class Format:
     markers: tuple[str, ...]
     always: bool = False
     text_arguments: bool = False
+    bare: bool = False
     id_letters: int | None = None
     schemas: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
@@ -142,6 +144,8 @@ class Parser:
         if not self._open and finish != "length":
             for letter in held:
                 self.say(letter)
+        if self._open and not self._begun and self._format is not None and self._format.bare:
+            self._out.append(Content(self._inside))
         if not self._open and self.calls == 0:
             self._out.append(Content(self._blank))
         self._blank = ""
@@ -274,8 +278,12 @@ class Parser:
         self._unread = letter + self._unread
 
     def object(self) -> Letters:
-        """{"name": ..., "arguments": ...}, in any order, among others: a call."""
+        """{"name": ..., "arguments": ...}, in any order, among others: another call."""
         self.another()
+        yield from self.members()
+
+    def members(self) -> Letters:
+        """The same; where it is none, what came before it is content as well."""
         held: list[str] = []  # arguments that came before the name
         told = False
 

@@ -2,6 +2,7 @@
 calls and with the reading of them. Knows families; knows no requests or models (`calls.py` has the letters).
 
     Objects   Hermes, Qwen3, Mixtral, Granite             the name and the arguments in one JSON object
+    Bare      Llama 3.1 to 4                              the same, with nothing around it: an answer is a call or is none
     Named     DeepSeek V3 and V3.1, Kimi K2, Mistral      a name between markers, then the arguments as JSON
     Tagged    GLM-4.5, Qwen3-Coder, MiniMax M2            a tag per argument, its text as it is (`tagged.py`)
     Harmony   gpt-oss                                     messages in channels, one of them for calls
@@ -57,6 +58,40 @@ class Objects(Format):
                 raise Malformed
             yield from parser.object()
             letter = yield from parser.next()
+
+
+@dataclass(frozen=True)
+class Bare(Format):
+    """{"name": ..., "parameters": ...}, at the beginning of an answer or behind `opens`; more of them follow, or ;."""
+
+    def rules(self, marker: Marker, tools: Sequence[Signature], parallel: bool) -> str:
+        lines = [f"body: {alternatives(tools)}", *_arguments(tools)]
+        for n, tool in enumerate(tools):
+            head = json.dumps(f'{{"name": "{tool.name}", "parameters": ')
+            lines.append(f'f{n}: {head} a{n} "}}"')
+        return "\n".join([f"start: body{'+' if parallel else ''}", *lines])
+
+    def text(self, parser: Parser) -> Letters:
+        while True:
+            yield from parser.attempt(self)
+            yield from parser.content_until(self.opens)
+
+    def read(self, parser: Parser) -> Letters:
+        letter = yield from parser.next()
+        if letter == "<":  # the marker itself
+            for expected in self.opens[1:]:
+                if (yield from parser.letter()) != expected:
+                    raise Malformed
+            letter = yield from parser.next()
+        parser.unread(letter)
+        if letter != "{":
+            raise Malformed
+        yield from parser.members()
+        while (letter := (yield from parser.next())) in ";{":
+            if letter == "{":
+                parser.unread(letter)
+                yield from parser.object()
+        parser.unread(letter)
 
 
 @dataclass(frozen=True)
@@ -182,6 +217,7 @@ def _header(head: str) -> tuple[str, str]:
 HERMES = Objects("hermes", "<tool_call>", "</tool_call>", ("<tool_call>", "</tool_call>"))
 MIXTRAL = Objects("mistral", "[TOOL_CALLS]", "", ("[TOOL_CALLS]",), listed=True, id_letters=9)
 GRANITE = Objects("granite", "<|tool_call|>", "", ("<|tool_call|>",), listed=True)
+LLAMA = Bare("llama", "<|python_tag|>", "", ("<|python_tag|>",), bare=True)
 MISTRAL = Named(
     "mistral's [ARGS]", "[TOOL_CALLS]", "", ("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"), middle="[ARGS]", id_letters=9
 )
@@ -216,7 +252,7 @@ SIGNS: list[tuple[str, Format | str]] = [
     ("```json", DEEPSEEK_V3),
     (_CALLS, DEEPSEEK),
     (_KIMI[0], KIMI),
-    ("<|python_tag|>", "Llama's"),
+    ("<|python_", LLAMA),
     ("<|action_start|>", "InternLM's"),
     ("functools[", "Phi's"),
     ("<|tool_call|>", GRANITE),
