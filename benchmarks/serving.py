@@ -2,7 +2,8 @@
 that `duoserve serve` puts behind HTTP.
 
     python -m benchmarks.serving [MODEL] [--at-once 1,2,4,8,16] [--residency 50%] [--temperature 0] [--new-tokens 48]
-                                 [--prompt-tokens 256] [--rounds 3] [--format F] [--cache-dir DIR] [--output FILE.json]
+                                 [--prompt-tokens 256] [--rounds 3] [--routes real|uniform] [--format F] [--cache-dir DIR]
+                                 [--output FILE.json]
 
 Real prompts of the shipped set (random ids where the model has no tokenizer), as many as the most at once. Every row
 answers all of them, in groups, so that all rows make the same tokens; rows take turns within a round. Each answer must equal
@@ -11,7 +12,8 @@ the one that was served alone, token for token, also where it is drawn (each req
 Bytes are counted once per row, apart from the timed rounds, by pass: those of decode passes stand by themselves. Beside them
 the least that could be moved: whoever knew all routes beforehand and kept what is needed soonest (Belady) in as many slots.
 Different texts at once want different experts, so that this least itself may rise; an answer alone repeats itself, a greedy
-one most. A table, then one JSON line.
+one most, and one of random weights wholly: for those, `--routes uniform` draws each row's experts, by what the row holds, so
+that it draws the same alone and among others. A table, then one JSON line.
 """
 
 from __future__ import annotations
@@ -23,15 +25,20 @@ import queue
 import random
 import statistics
 import time
+import zlib
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
 import duoserve
 from benchmarks.machine import describe
 from duoserve.config import parse_share
 from duoserve.core import Phase, Step
+from duoserve.moe import OffloadedExperts
 from duoserve.prompts import prompt_set
 from duoserve.sampling import Sampling
 from duoserve.service import End, Limits, Piece, Request, Service
@@ -103,6 +110,8 @@ class Bench:
     def __init__(self, args: argparse.Namespace, most: int):
         self.args, self.most = args, most
         self.engine = open_engine(args, most)
+        if args.routes == "uniform":
+            uniform_routes(self.engine.model)
         self.service = Service(self.engine, Limits(active=most, queue=4 * most, per_client=4 * most))
         self.prompts = prompts(self.engine, most, args.prompt_tokens)
         self.alone: dict[int, list[int]] = {}
@@ -158,6 +167,21 @@ def open_engine(args: argparse.Namespace, most: int) -> duoserve.Engine:
     return duoserve.load(args.model, budget=smallest + slots * slab, slots=slots, **options)
 
 
+def uniform_routes(model: Any) -> None:
+    """Replace every route by distinct experts that follow from the row alone, and otherwise from nothing."""
+
+    def redraw(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        x_TD, ids_TK, weights_TK = args
+        rows = x_TD.float().numpy()
+        dice = (np.random.default_rng(zlib.crc32(row.tobytes())) for row in rows)
+        drawn = np.stack([one.permutation(module.num_experts)[: ids_TK.shape[1]] for one in dice])
+        return x_TD, torch.from_numpy(drawn).to(ids_TK), weights_TK
+
+    for module in model.modules():
+        if isinstance(module, OffloadedExperts):
+            module.register_forward_pre_hook(redraw)
+
+
 def prompts(engine: duoserve.Engine, n: int, tokens: int) -> list[list[int]]:
     if engine.tokenizer is None:
         dice, vocabulary = random.Random(0), engine.model.config.get_text_config().vocab_size
@@ -185,6 +209,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=int, default=48)
     parser.add_argument("--prompt-tokens", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--routes", choices=["real", "uniform"], default="real")
     parser.add_argument("--format")
     parser.add_argument("--cache-dir")
     parser.add_argument("--output", type=Path)
@@ -210,7 +235,7 @@ def main() -> None:
     about = {"model": args.model or "demo", "slots": plan.slots, "experts": plan.experts}
     about |= {
         name: getattr(args, name)
-        for name in ("format", "residency", "temperature", "new_tokens", "prompt_tokens", "rounds")
+        for name in ("routes", "format", "residency", "temperature", "new_tokens", "prompt_tokens", "rounds")
     }
     bench.close()
     found = {n: counted[n] | _medians(samples[n]) for n in rows}
