@@ -92,9 +92,8 @@ class Runtime:
         self.device, self.cache, self.transfer, self.policy = device, cache, transfer, policy
         self.grouping = grouping  # None: experts are computed one by one
         self._per_layer = [layer.n_experts for layer in transfer.store.layers]
-        self.prefill, self.decode, self.ahead = policies.schedules(
-            policy, cache, transfer, self._per_layer, self._think
-        )
+        self._schedules = policies.schedules(policy, cache, transfer, self._per_layer, self._think)
+        self.ahead = self._schedules.ahead
         self.observers: list[Observer] = []
         self.company: Company | None = None
         self._thread = device.thread
@@ -277,7 +276,7 @@ class Runtime:
         `last` happens.
         """
         self._thread.turn(SCHEDULE, layer)
-        schedule = self.prefill if self._is_dense(layer, len(tokens), rows) else self.decode
+        schedule = self._schedule(layer, len(tokens), rows)
         self.ahead.spoken(self._step, layer, tokens)
         reads: list[Event] = []
         with closing(schedule.run(layer, rows, tokens)) as slots:
@@ -316,12 +315,14 @@ class Runtime:
         after = layer + 1
         self._thread.turn(TRUNK if after < len(self._per_layer) else HEAD, after)
 
-    def _is_dense(self, layer: int, distinct: int, rows: int) -> bool:
+    def _schedule(self, layer: int, distinct: int, rows: int) -> policies.Schedule:
         """The paper's phase where it is plain (a prompt, or one token); in between the number of experts decides."""
-        if rows == 1:
-            return False
         prompt = self._step is not None and self._step.phase is Phase.PREFILL
-        return prompt or 2 * distinct >= self._per_layer[layer]
+        if rows > 1 and prompt:
+            return self._schedules.dense
+        if rows > 1 and 2 * distinct >= self._per_layer[layer]:
+            return self._schedules.crowd or self._schedules.dense
+        return self._schedules.sparse
 
     def _follow(self, layer: int) -> None:
         if self._step is None or self._step.phase is not Phase.PREFILL:

@@ -11,6 +11,7 @@ from duoserve.activation import Activation
 from duoserve.ahead import Ahead
 from duoserve.cache import ExpertCache, Keep, Slot
 from duoserve.core import Policy
+from duoserve.crowd import Crowd
 from duoserve.decode import Decode
 from duoserve.foresight import Foresight
 from duoserve.paper import Buffers, TopK
@@ -29,11 +30,13 @@ class Schedule(Protocol):
 
 
 class Schedules(NamedTuple):
-    """Of one policy: passes that touch most experts, those that touch a few, and what comes before it is needed."""
+    """Of one policy: prompts, passes that touch a few experts, what comes before it is needed, and passes of many sequences
+    that touch most experts (None: as prompts)."""
 
     dense: Schedule
     sparse: Schedule
     ahead: Foresight
+    crowd: Schedule | None = None
 
 
 KEEP = {Policy.DUOSERVE: Keep.WORTH, Policy.MIF: Keep.TOLD, Policy.BELADY: Keep.TOLD}
@@ -72,4 +75,5 @@ def schedules(
         alike = Decode(transfer, policy, future := Sighted(cache, transfer, experts_per_layer))
         return Schedules(alike, alike, future)
     ahead = Ahead(cache, transfer, experts_per_layer, think)
-    return Schedules(Prefill(cache, transfer, experts_per_layer, policy), Decode(transfer, policy, ahead), ahead)
+    prefill, decode = Prefill(cache, transfer, experts_per_layer, policy), Decode(transfer, policy, ahead)
+    return Schedules(prefill, decode, ahead, Crowd(transfer) if policy is Policy.DUOSERVE else None)

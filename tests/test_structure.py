@@ -19,7 +19,7 @@ FLOORS = {
     1: {"cache", "clock", "clockstream", "experts", "manifest", "road", "runfile", "shelf", "store", "trunk"},
     2: {"board", "contest", "convert", "grouped", "lanes", "profile", "transfer"},
     3: {
-        *("activation", "ahead", "chrometrace", "decode", "estimate", "fleet", "paper", "picture", "prefill"),
+        *("activation", "ahead", "chrometrace", "crowd", "decode", "estimate", "fleet", "paper", "picture", "prefill"),
         *("sighted", "wholelayer"),
     },
     4: {"costing", "moe", "policies", "tally"},

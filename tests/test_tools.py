@@ -16,7 +16,9 @@ from test_service import Reader
 
 import duoserve
 from duoserve.api import tools as tools_module
-from duoserve.api.calls import HERMES, MISTRAL, Arguments, Call, Content, Delta, Format, Parser
+from duoserve.api.calls import Arguments, Call, Content, Delta, Format, Parser
+from duoserve.api.formats import HERMES
+from duoserve.api.formats import MIXTRAL as MISTRAL
 from duoserve.api.tools import prepare
 from duoserve.core import Refusal
 from duoserve.sampling import Draw, Sampling
@@ -118,7 +120,9 @@ def joined(deltas: list[Delta]) -> tuple[str, list[tuple[str, str]]]:
     return content, calls
 
 
-def rolled(prepared: Any, tokenizer: Any, seed: int, most: int = 160) -> tuple[list[Delta], str, bool]:
+def rolled(
+    prepared: Any, tokenizer: Any, seed: int, most: int = 160, calls: bool = True
+) -> tuple[list[Delta], str, bool]:
     """What dice write under the mask: the deltas, the text, whether it ended."""
     dull = {token: -9.0 for token in range(len(tokenizer)) if tokenizer.decode([token]).isspace()}
     draw, ids = Draw(Sampling(seed=seed, bias=dull), 2, prepared.mask.again()), [7, 8]
@@ -134,7 +138,7 @@ def rolled(prepared: Any, tokenizer: Any, seed: int, most: int = 160) -> tuple[l
     ended = ids[-1] == tokenizer.eos_token_id
     finish = "stop" if ended else "length"
     deltas += parser.put(text.end()) + parser.end(finish)
-    assert parser.finish(finish) == ("tool_calls" if ended else "length")
+    assert parser.finish(finish) == (("tool_calls" if calls else "stop") if ended else "length")
     return deltas, text.text, ended
 
 
@@ -374,8 +378,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no template": ({"template": None}, "E_TEMPLATE: the model has 0 chat templates"),
     "no place": ({"template": "{{ messages }}"}, "no place for tools"),
     "unknown": ({"template": "{{ tools }}"}, r"not read \(unknown\)"),
-    "xml": ({"template": "{{ tools }}<tool_call>\n<function=f>"}, r"not read \(functions as XML\)"),
-    "harmony": ({"template": "{{ tools }}<|channel|>commentary"}, r"not read \(harmony\)"),
+    "internlm": ({"template": "{{ tools }}<|action_start|>"}, r"not read \(InternLM's\)"),
+    "dsml": ({"template": "{{ tools }}<|DSML|function_calls>"}, r"not read \(DeepSeek's DSML\)"),
     "a template that objects": (
         {"template": HERMES_TEMPLATE + "{{ raise_exception('never') }}"},
         r"E_TEMPLATE: the chat template refused 1 messages \(never\)",

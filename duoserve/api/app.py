@@ -19,7 +19,8 @@ from duoserve.api.limits import Door, Guard
 from duoserve.api.live import snapshot
 from duoserve.api.metrics import Counted, Metrics
 from duoserve.api.page import add_page
-from duoserve.api.schema import ChatRequest, CompletionRequest, ResponsesRequest, Strict, read
+from duoserve.api.responses_input import ResponsesRequest
+from duoserve.api.schema import ChatRequest, CompletionRequest, Strict, read
 from duoserve.api.stream import STALL_S
 from duoserve.core import Refusal
 from duoserve.version import __version__

@@ -6,7 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 from duoserve.api.errors import ApiError
-from duoserve.api.schema import ResponsesRequest, Sampled
+from duoserve.api.responses_input import ResponsesRequest
+from duoserve.api.schema import Sampled
 from duoserve.engine import Engine
 from duoserve.sampling import Sampling
 

@@ -1,5 +1,5 @@
-"""Tool calls in a model's text: how a family writes them, as a grammar that forces them and as a parser that reads them
-while they are written. Knows markers and JSON's outline; knows no tokens, requests or models.
+"""Tool calls in a model's text, read while they are written. Knows markers, JSON's outline and letters; knows no family by
+name (those are in `formats.py`), no tokens, requests or models.
 
     text ... <tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>
     Content                Call(0, id, "f")  Arguments(0, '{"a"') Arguments(0, ": 1}")
@@ -13,16 +13,25 @@ from __future__ import annotations
 import json
 import secrets
 import string
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 BLANK = " \n\r\t"
 OUTSIDE = set('{}[]:,"+-.' + string.ascii_letters + string.digits + BLANK)  # what JSON has outside strings
+NAMES = 256  # letters of a name, or of a head that contains one
 
 
 @dataclass(frozen=True)
 class Content:
     """Text of the answer."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Reasoning:
+    """Text that the model wrote for itself."""
 
     text: str
 
@@ -44,69 +53,61 @@ class Arguments:
     text: str
 
 
-Delta = Content | Call | Arguments
+Delta = Content | Reasoning | Call | Arguments
 Letters = Generator[None, str, None]  # is sent one letter at a time
+Marker = Callable[[str], str]  # a marker as grammars write it: as a token, or letter by letter
+
+
+class Signature(NamedTuple):
+    """What a forced call may be: a function's name, its parameters as a schema, and whether all of it must hold."""
+
+    name: str
+    schema: Mapping[str, Any]
+    strict: bool
 
 
 @dataclass(frozen=True)
 class Format:
-    """How a family writes calls. `opens` begins each, or the list of them; `closes` ends it, or is empty.
+    """How a family writes calls. `opens` begins them; where what follows is none, it is content up to `closes`.
 
-    `id_letters`: of a call's id, where the family's template insists on their number.
+    `markers`: what of it may be special tokens. `always`: answers without tools are written in it, too. `text_arguments`:
+    the family's template joins arguments as text. `bare`: calls stand without a marker, so that what has not begun to be one
+    is content, however it ends. `id_letters`: of a call's id, where the template insists on their number.
+    `schemas`: parameters of the functions at hand, by name.
     """
 
     name: str
     opens: str
     closes: str
-    listed: bool
+    markers: tuple[str, ...]
+    always: bool = False
+    text_arguments: bool = False
+    bare: bool = False
     id_letters: int | None = None
+    schemas: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def new_id(self) -> str:
         if self.id_letters is None:
             return f"call_{secrets.token_hex(12)}"
         return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(self.id_letters))
 
-    def rules(self, marker: Callable[[str], str], bodies: Sequence[str], parallel: bool) -> str:
-        """One call or more of these bodies, as the model was taught to write them, in llguidance's words."""
-        opens, one = marker(self.opens), f"body: {' | '.join(bodies)}"
-        if self.listed:
-            more = '(", " body)*' if parallel else ""
-            return f'start: {opens} /[ ]?/ "[" body {more} "]"\n{one}'
-        more = '("\\n" call)*' if parallel else ""
-        return f'start: call {more}\ncall: {opens} "\\n" body "\\n" {marker(self.closes)}\n{one}'
+    def rules(self, marker: Marker, tools: Sequence[Signature], parallel: bool) -> str:
+        """One call or more of these, as the model was taught to write them, in llguidance's words."""
+        raise NotImplementedError
 
+    def answer(self, json_rule: str, marker: Marker) -> str | None:
+        """The grammar of an answer that is JSON by a rule, where it does not stand alone."""
+        return None
 
-HERMES = Format("hermes", "<tool_call>", "</tool_call>", listed=False)
-MISTRAL = Format("mistral", "[TOOL_CALLS]", "", listed=True, id_letters=9)
+    def read(self, parser: Parser) -> Letters:
+        """What follows `opens`. Malformed where it is no call."""
+        raise NotImplementedError
 
-# What else templates write, by what betrays it; in the order to look for it, since some contain others' markers.
-UNREAD = {
-    "<arg_key>": "GLM's arguments",
-    "<function=": "functions as XML",
-    "[ARGS]": "Mistral's [ARGS]",
-    "<|channel|>": "harmony",
-    "tool▁calls▁begin": "DeepSeek's",
-    "<|tool_calls_section_begin|>": "Kimi's",
-    "<|python_tag|>": "Llama's",
-    "<|action_start|>": "InternLM's",
-    "<minimax:tool_call>": "MiniMax's",
-    "<|tool_call|>": "Granite's",
-    "functools[": "Phi's",
-}
-
-
-def format_of(template: str) -> Format | str:
-    """The format that a template writes former calls in; the name of one that is not read, or "unknown"."""
-    for sign, name in UNREAD.items():
-        if sign in template:
-            return name
-    return next((format for format in (HERMES, MISTRAL) if format.opens in template), "unknown")
-
-
-def body_rule(name: str, rule: str) -> str:
-    """The object of a call, its arguments by another rule."""
-    head = json.dumps(f'{{"name": "{name}", "arguments": ')
-    return f'{head} {rule} "}}"'
+    def text(self, parser: Parser) -> Letters:
+        """A whole answer."""
+        while True:
+            yield from parser.content_until(self.opens)
+            yield from parser.attempt(self)
 
 
 class Malformed(Exception):
@@ -125,7 +126,7 @@ class Parser:
         self._begun = self._open = False
         self._unread = ""  # letters that were read and belong to what follows
         self.calls = 0
-        self._reader = self._answer(format) if format is not None else None
+        self._reader = format.text(self) if format is not None else None
         if self._reader is not None:
             next(self._reader)
 
@@ -142,7 +143,9 @@ class Parser:
         held, self._pending = self._pending, ""
         if not self._open and finish != "length":
             for letter in held:
-                self._say(letter)
+                self.say(letter)
+        if self._open and not self._begun and self._format is not None and self._format.bare:
+            self._out.append(Content(self._inside))
         if not self._open and self.calls == 0:
             self._out.append(Content(self._blank))
         self._blank = ""
@@ -159,6 +162,8 @@ class Parser:
             last = taken[-1] if taken else None
             if isinstance(delta, Content) and isinstance(last, Content):
                 taken[-1] = Content(last.text + delta.text)
+            elif isinstance(delta, Reasoning) and isinstance(last, Reasoning):
+                taken[-1] = Reasoning(last.text + delta.text)
             elif isinstance(delta, Arguments) and isinstance(last, Arguments) and last.index == delta.index:
                 taken[-1] = Arguments(last.index, last.text + delta.text)
             else:
@@ -166,68 +171,95 @@ class Parser:
         self._out = []
         return [d for d in taken if isinstance(d, Call) or d.text]
 
-    def _say(self, letter: str) -> None:
+    # What formats tell
+
+    def say(self, letter: str) -> None:
+        """A letter of the answer; white space once it is not the last."""
         if letter in BLANK:
             self._blank += letter
         else:
             self._out.append(Content(self._blank + letter))
             self._blank = ""
 
-    # The grammar of an answer, letter by letter
+    def think(self, letter: str) -> None:
+        self._out.append(Reasoning(letter))
 
-    def _answer(self, format: Format) -> Letters:
-        while True:
-            yield from self._content_until(format.opens)
-            self._open, self._blank = True, ""
-            try:
-                yield from self._calls(format)
-            except Malformed:
-                yield from self._as_content(format)
-            self._open = False
+    def separate(self) -> None:
+        """Another part of the answer begins."""
+        self._blank = "\n\n"
 
-    def _content_until(self, marker: str) -> Letters:
-        while self._pending != marker:
-            self._pending += yield from self._letter()
-            while not marker.startswith(self._pending):
-                self._say(self._pending[0])
-                self._pending = self._pending[1:]
-        self._pending = ""
-
-    def _calls(self, format: Format) -> Letters:
-        if not format.listed:
-            again = True
-            while again:  # its end may be forgotten
-                yield from self._call(format)
-                again = (yield from self._past(format.closes, format.opens)) == format.opens
-            return
-        if (yield from self._next()) != "[":
+    def begin(self, name: str, id: str | None = None) -> None:
+        """A call by this name."""
+        if not name:
             raise Malformed
-        letter = ","
-        while letter != "]":
-            if letter != ",":
-                raise Malformed
-            yield from self._call(format)
-            letter = yield from self._next()
+        assert self._format is not None
+        self._open, self._begun, self._inside, self.calls = True, True, "", self.calls + 1
+        self._out.append(Call(self.calls - 1, id or self._format.new_id(), name))
 
-    def _as_content(self, format: Format) -> Letters:
-        """A call that is none: all of it is content, as far as nothing was told of it yet."""
-        if self._begun:
-            yield from self._past(format.closes or "]")
-            return
-        self._unread, self._inside = self._inside, ""
-        self._open, self._begun = False, True
-        if format.closes:
-            yield from self._content_until(format.closes)
+    def tell(self, text: str) -> None:
+        """More of the arguments of the call that has begun."""
+        self._out.append(Arguments(self.calls - 1, text))
 
-    def _past(self, *markers: str) -> Generator[None, str, str]:
+    def over(self) -> None:
+        """The call is whole."""
+        self._open = False
+
+    # What formats read
+
+    def content_until(self, *markers: str, say: Callable[[str], None] | None = None) -> Generator[None, str, str]:
+        """Everything up to one of the markers is content; returns which."""
+        say = say or self.say
+        while self._pending not in markers:
+            self._pending += yield from self.letter()
+            while not any(marker.startswith(self._pending) for marker in markers):
+                say(self._pending[0])
+                self._pending = self._pending[1:]
+        found, self._pending = self._pending, ""
+        return found
+
+    def attempt(self, format: Format) -> Letters:
+        """Calls; where there are none, content as far as nothing was told of it yet."""
+        self._open, self._begun, self._blank, self._inside = True, False, "", ""
+        try:
+            yield from format.read(self)
+        except Malformed:
+            if self._begun:
+                yield from self.past(format.closes or "]")
+            else:
+                self._unread, self._inside = self._inside, ""
+                self._open, self._begun = False, True
+                if format.closes:
+                    yield from self.content_until(format.closes)
+        self._open = False
+
+    def another(self) -> None:
+        """Another call may follow; what there is of it until it has a name is none yet."""
+        self._open, self._begun, self._inside = True, False, self._unread
+
+    def past(self, *markers: str) -> Generator[None, str, str]:
+        """Leave out everything up to one of the markers; returns which."""
         seen = ""
         while True:
-            seen = (seen + (yield from self._letter()))[-max(map(len, markers)) :]
+            seen = (seen + (yield from self.letter()))[-max(map(len, markers)) :]
             for marker in markers:
                 if seen.endswith(marker):
                     return marker
 
-    def _letter(self) -> Generator[None, str, str]:
+    def until(self, *markers: str, most: int | None = None) -> Generator[None, str, tuple[str, str]]:
+        """The text up to one of the markers, and which; Malformed where it has more than `most` letters."""
+        letters: list[str] = []
+        tail, width = "", max(map(len, markers))
+        while True:
+            letter = yield from self.letter()
+            letters.append(letter)
+            tail = (tail + letter)[-width:]
+            for marker in markers:
+                if tail.endswith(marker):
+                    return "".join(letters)[: len(letters) - len(marker)], marker
+            if most is not None and len(letters) > most + width:
+                raise Malformed
+
+    def letter(self) -> Generator[None, str, str]:
         if self._unread:
             letter, self._unread = self._unread[0], self._unread[1:]
             return letter
@@ -236,67 +268,72 @@ class Parser:
             self._inside += letter
         return letter
 
-    def _next(self) -> Generator[None, str, str]:
+    def next(self) -> Generator[None, str, str]:
         """The next letter that is not white space."""
-        while (letter := (yield from self._letter())) in BLANK:
+        while (letter := (yield from self.letter())) in BLANK:
             pass
         return letter
 
-    def _call(self, format: Format) -> Letters:
-        """{"name": ..., "arguments": ...}, in any order, among others."""
-        self._open, self._begun, self._inside = True, False, self._unread
+    def unread(self, letter: str) -> None:
+        self._unread = letter + self._unread
+
+    def object(self) -> Letters:
+        """{"name": ..., "arguments": ...}, in any order, among others: another call."""
+        self.another()
+        yield from self.members()
+
+    def members(self) -> Letters:
+        """The same; where it is none, what came before it is content as well."""
         held: list[str] = []  # arguments that came before the name
         told = False
 
         def tell(text: str) -> None:
             if self._begun:
-                self._out.append(Arguments(self.calls - 1, text))
+                self.tell(text)
             else:
                 held.append(text)
 
-        if (yield from self._next()) != "{":
+        if (yield from self.next()) != "{":
             raise Malformed
-        letter = yield from self._next()
+        letter = yield from self.next()
         while letter != "}":
-            key = yield from self._string(letter)
-            if (yield from self._next()) != ":":
+            key = yield from self.string(letter)
+            if (yield from self.next()) != ":":
                 raise Malformed
-            letter = yield from self._next()
+            letter = yield from self.next()
             if key == "name" and not self._begun:
-                name = yield from self._string(letter)
-                self._begun, self._inside, self.calls = True, "", self.calls + 1
-                self._out.append(Call(self.calls - 1, format.new_id(), name))
+                self.begin((yield from self.string(letter)))
                 tell("".join(held))
             elif key in ("arguments", "parameters") and not told:
                 told = True
                 if letter == '"':  # JSON within JSON
-                    tell((yield from self._string(letter)))
+                    tell((yield from self.string(letter)))
                 else:
-                    yield from self._value(letter, tell)
+                    yield from self.value(letter, tell)
             else:
-                yield from self._value(letter, lambda text: None)
-            letter = yield from self._next()
+                yield from self.value(letter, lambda text: None)
+            letter = yield from self.next()
             if letter == ",":
-                letter = yield from self._next()
+                letter = yield from self.next()
             elif letter != "}":
                 raise Malformed
         if not self._begun:
             raise Malformed
         if not told:
             tell("{}")
-        self._open = False
+        self.over()
 
-    def _string(self, letter: str) -> Generator[None, str, str]:
+    def string(self, letter: str) -> Generator[None, str, str]:
         if letter != '"':
             raise Malformed
         raw: list[str] = []
-        yield from self._value(letter, raw.append)
+        yield from self.value(letter, raw.append)
         try:
             return str(json.loads("".join(raw)))
         except ValueError as error:
             raise Malformed from error
 
-    def _value(self, letter: str, tell: Callable[[str], None]) -> Letters:
+    def value(self, letter: str, tell: Callable[[str], None]) -> Letters:
         """One JSON value that begins with `letter`, as it is written."""
         if letter in ",]}:":
             raise Malformed
@@ -304,7 +341,7 @@ class Parser:
         scalar = letter not in '{["'
         while True:
             if not quoted and letter not in OUTSIDE:
-                self._unread = letter
+                self.unread(letter)
                 raise Malformed
             tell(letter)
             if escaped:
@@ -319,7 +356,7 @@ class Parser:
                 depth -= 1
             if not scalar and depth == 0 and not quoted and not escaped:
                 return
-            letter = yield from self._letter()
+            letter = yield from self.letter()
             if scalar and (letter in BLANK or letter in ",}]"):
-                self._unread = letter
+                self.unread(letter)
                 return

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import time
-import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import Iterator
 from typing import Any
 
-from openai.types import Completion, CompletionChoice
+from openai.types import Completion, CompletionChoice, CompletionUsage
 from openai.types.completion_choice import Logprobs
 
 from duoserve.api import asking
-from duoserve.api.answers import Answers
-from duoserve.api.chat import checked, total
-from duoserve.api.errors import ApiError, of_failure
+from duoserve.api.errors import ApiError
 from duoserve.api.kit import Kit
+from duoserve.api.reply import Reply
 from duoserve.api.schema import CompletionRequest
-from duoserve.api.stream import DONE, PING, error_event, event
+from duoserve.api.stream import DONE, event
 from duoserve.sampling import Logprob
-from duoserve.service import End, Piece, Prompt, Request
+from duoserve.service import End, Event, Piece, Prompt, Request
 
 
 async def prompt_ids(kit: Kit, prompt: str | list[int]) -> list[int]:
@@ -35,11 +32,12 @@ async def prompt_ids(kit: Kit, prompt: str | list[int]) -> list[int]:
     return prompt
 
 
-class Completions:
+class Completions(Reply):
     """Choices are numbered prompt by prompt: n of the first, n of the second, ..."""
 
     def __init__(self, kit: Kit, asked: CompletionRequest, ids: list[list[int]], client: str):
-        self._kit, self._asked, self._ids = kit, asked, ids
+        super().__init__(kit, "cmpl-")
+        self._asked, self._ids = asked, ids
         self._n = asked.n or 1
         base = asking.sampling(asked, kit.engine, asked.logprobs)
         limit = 16 if asked.max_tokens is None else asked.max_tokens
@@ -56,53 +54,42 @@ class Completions:
             for prompt in ids
             for choice in range(self._n)
         ]
-        self._id, self._created = f"cmpl-{uuid.uuid4().hex}", int(time.time())
+        count = range(len(self.requests))
+        self._texts, self._drawn = [self._echo(n) for n in count], [self._before(n) for n in count]
 
-    async def whole(self, answers: Answers) -> Completion:
-        count = len(self.requests)
-        texts = [self._echo(n) for n in range(count)]
-        drawn: list[list[Logprob | int]] = [self._first(n) for n in range(count)]
-        ends: dict[int, End] = {}
-        async for seen in answers.events():
-            if seen is None:
-                continue
-            index, what = seen
-            if isinstance(what, Piece):
-                texts[index] += what.text
-            if isinstance(what, Piece | Prompt):
-                drawn[index] += what.logprobs
-            elif isinstance(what, End):
-                ends[index] = checked(what)
-        choices = [self._choice(n, texts[n], drawn[n], ends[n].finish, 0) for n in range(count)]
-        return self._of(choices, usage=self._usage(list(ends.values())))
+    def _hear(self, index: int, what: Event) -> None:
+        if isinstance(what, Piece):
+            self._texts[index] += what.text
+        if isinstance(what, Piece | Prompt):
+            self._drawn[index] += what.logprobs
 
-    async def events(self, answers: Answers) -> AsyncGenerator[bytes, None]:
-        told: dict[int, int] = {}  # characters, by choice
-        ends: list[End] = []
+    def _made(self) -> Completion:
+        told = enumerate(zip(self._texts, self._drawn, strict=True))
+        choices = [self._choice(n, text, drawn, self._ends[n].finish, 0) for n, (text, drawn) in told]
+        return self._of(choices, usage=self._used())
+
+    def _first(self) -> Iterator[bytes]:
+        """The prompts, where they are echoed without logprobs; with them they follow once they were read."""
+        self._told = dict.fromkeys(range(len(self.requests)), 0)  # characters, by choice
         if self._asked.echo and self._asked.logprobs is None:
             for n in range(len(self.requests)):
-                told[n] = len(self._echo(n))
+                self._told[n] = len(self._echo(n))
                 yield self._chunk(self._choice(n, self._echo(n), [], None, 0))
-        async for seen in answers.events():
-            if seen is None:
-                yield PING
-                continue
-            index, what = seen
-            if isinstance(what, End):
-                if what.finish in ("error", "cancelled"):
-                    yield error_event(of_failure(what.error))
-                    return
-                ends.append(what)
-                yield self._chunk(self._choice(index, "", [], what.finish, told.get(index, 0)))
-            elif isinstance(what, Piece):
-                yield self._chunk(self._choice(index, what.text, list(what.logprobs), None, told.get(index, 0)))
-                told[index] = told.get(index, 0) + len(what.text)
-            elif self._asked.echo and self._asked.logprobs is not None:
-                drawn = [*self._first(index), *what.logprobs]
-                told[index] = len(self._echo(index))
-                yield self._chunk(self._choice(index, self._echo(index), drawn, None, 0))
+
+    def _tell(self, index: int, what: Event) -> Iterator[bytes]:
+        if isinstance(what, End):
+            yield self._chunk(self._choice(index, "", [], what.finish, self._told[index]))
+        elif isinstance(what, Piece):
+            yield self._chunk(self._choice(index, what.text, list(what.logprobs), None, self._told[index]))
+            self._told[index] += len(what.text)
+        elif self._asked.echo and self._asked.logprobs is not None:
+            drawn = [*self._before(index), *what.logprobs]
+            self._told[index] = len(self._echo(index))
+            yield self._chunk(self._choice(index, self._echo(index), drawn, None, 0))
+
+    def _last(self) -> Iterator[bytes]:
         if self._asked.usage_streamed:
-            yield event(self._of([], usage=self._usage(ends)))
+            yield event(self._of([], usage=self._used()))
         yield DONE
 
     def _echo(self, n: int) -> str:
@@ -114,7 +101,7 @@ class Completions:
         tokenizer = self._kit.engine.tokenizer
         return tokenizer.decode(prompt, clean_up_tokenization_spaces=False) if tokenizer is not None else ""
 
-    def _first(self, n: int) -> list[Logprob | int]:
+    def _before(self, n: int) -> list[Logprob | int]:
         """Nothing came before a prompt's first token."""
         return [self._ids[n // self._n][0]] if self._asked.echo and self._asked.logprobs is not None else []
 
@@ -129,8 +116,8 @@ class Completions:
     def _chunk(self, choice: CompletionChoice) -> bytes:
         return event(self._of([choice], **({"usage": None} if self._asked.usage_streamed else {})))
 
-    def _usage(self, ends: list[End]) -> Any:
-        return total(sum(map(len, self._ids)), sum(end.new_tokens for end in ends))
+    def _used(self) -> CompletionUsage:
+        return self._usage(sum(map(len, self._ids)))
 
     def _of(self, choices: list[CompletionChoice], **more: Any) -> Completion:
         return Completion.construct(

@@ -16,7 +16,7 @@ import sys
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import llguidance
@@ -70,25 +70,32 @@ class Mask:
 
 
 def mask_for(
-    response_format: Mapping[str, Any] | None, tokenizer: Any, ends: Sequence[int] | None = None
+    response_format: Mapping[str, Any] | None,
+    tokenizer: Any,
+    ends: Sequence[int] | None = None,
+    written: Callable[[str], str | None] = lambda rule: None,
 ) -> Mask | None:
     """What an OpenAI `response_format` allows; None where it allows everything.
 
-    `ends`: token ids that end an answer, where they are not only the tokenizer's.
+    `ends`: token ids that end an answer, where they are not only the tokenizer's. `written`: the grammar of an answer around
+    a rule for its JSON, where that does not stand alone.
     """
     kind = response_format.get("type") if response_format is not None else "text"
     if kind == "text":
         return None
-    if kind == "json_object":
-        return mask_of(json_grammar({"type": "object"}), tokenizer, ends)
-    if kind != "json_schema":
+    if kind not in ("json_object", "json_schema"):
         raise Refusal("E_SCHEMA", f"response_format type {kind!r:.60}", "use text, json_object or json_schema")
     assert response_format is not None
+    schema = {"type": "object"} if kind == "json_object" else _schema_of(response_format)
+    around = written(json_rule(schema))
+    return mask_of(json_grammar(schema) if around is None else lark_grammar(around), tokenizer, ends)
+
+
+def _schema_of(response_format: Mapping[str, Any]) -> dict[str, Any]:
     named = response_format.get("json_schema")
     if not isinstance(named, Mapping) or "schema" not in named:
         raise Refusal("E_SCHEMA", "response_format has 0 schemas", "put one under json_schema.schema")
-    schema = check_schema(named["schema"])
-    return mask_of(json_grammar(schema), tokenizer, ends)
+    return check_schema(named["schema"])
 
 
 def check_schema(schema: Any) -> dict[str, Any]:
@@ -143,6 +150,11 @@ def _walk(value: Any) -> Iterator[tuple[int, Any, Any]]:
 def with_options(schema: Mapping[str, Any], lenient: bool = False) -> dict[str, Any]:
     """The schema as llguidance reads it. `lenient`: keywords that it cannot enforce are left to the model."""
     return {**schema, OURS: {"whitespace_pattern": BLANKS, "lenient": lenient}}
+
+
+def json_rule(schema: Mapping[str, Any], lenient: bool = False) -> str:
+    """One JSON value as part of a grammar."""
+    return f"%json {json.dumps(with_options(schema, lenient))}"
 
 
 def json_grammar(schema: Mapping[str, Any]) -> str:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
-
-from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -13,20 +10,12 @@ from duoserve.api.chat import Chat
 from duoserve.api.completions import Completions, prompt_ids
 from duoserve.api.errors import of_busy
 from duoserve.api.kit import Kit
-from duoserve.api.responses import Responses, answer_format, messages
-from duoserve.api.schema import ChatRequest, CompletionRequest, ResponsesRequest
+from duoserve.api.reply import Reply
+from duoserve.api.responses import Responses
+from duoserve.api.responses_input import ResponsesRequest, answer_format, chat_choice, chat_tool, messages
+from duoserve.api.schema import ChatRequest, CompletionRequest
 from duoserve.api.stream import EventStream, while_there
 from duoserve.service import Busy
-
-
-class Reply(Protocol):
-    """One request's answer: `requests` of the service, and a reply of what it tells."""
-
-    requests: list[Any]
-
-    async def whole(self, answers: Answers) -> BaseModel: ...
-
-    def events(self, answers: Answers) -> Any: ...
 
 
 class Handlers:
@@ -54,7 +43,14 @@ class Handlers:
 
     async def responses(self, request: Request, asked: ResponsesRequest) -> Response:
         client = self._client(request, asked)
-        prompt = await self._kit.rendering.chat(messages(asked), answer=answer_format(asked))
+        parts = asked.model_dump(include={"tools", "tool_choice"}, exclude_none=True)
+        prompt = await self._kit.rendering.chat(
+            messages(asked),
+            [chat_tool(tool) for tool in parts.get("tools", ())] or None,
+            chat_choice(parts.get("tool_choice")),
+            asked.parallel_tool_calls is not False,
+            answer_format(asked),
+        )
         reply = Responses(self._kit, asked, prompt, client)
         return await self._answer(request, reply, asked.stream)
 

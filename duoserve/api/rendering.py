@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from duoserve.api.calls import Format
 from duoserve.api.errors import of_busy
-from duoserve.api.grammar import Mask, mask_for
+from duoserve.api.grammar import Mask
 from duoserve.api.tools import prepare
 from duoserve.core import Refusal
 from duoserve.engine import Engine
@@ -74,11 +74,8 @@ class Rendering:
         self, messages: list[dict[str, Any]], tools: list[Any] | None, choice: Any, parallel: bool, answer: Any
     ) -> Prompt:
         tokenizer = self._engine.tokenizer
-        prepared = prepare(messages, tools, choice, tokenizer, self._ends, parallel, self._within)
-        mask = mask_for(answer, tokenizer, self._ends)
-        if mask is not None and prepared.format is not None:
-            raise Refusal("E_SCHEMA", "response_format and tools are 2 forms for one answer", "say tool_choice none")
-        return Prompt(prepared.ids, mask or prepared.mask, prepared.format, prepared.visible)
+        prepared = prepare(messages, tools, choice, tokenizer, self._ends, parallel, self._within, answer)
+        return Prompt(prepared.ids, prepared.mask, prepared.format, prepared.visible)
 
     def _within(self, render: Callable[[], list[int]]) -> list[int]:
         with self._turn:

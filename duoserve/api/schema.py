@@ -200,6 +200,8 @@ class TextPart(Strict):
     text: str
 
 
+# Who speaks, among several of one role: OpenAI's bounds. Templates show it or do not.
+Name = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^[^\s<|\\/>]+$")]
 Content = str | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_MESSAGES)]
 
 
@@ -215,11 +217,16 @@ class ToolCall(Strict):
 
 
 class Message(Strict):
-    """Text only: parts with addresses of pictures or files are refused, nothing is ever fetched."""
+    """Text only: parts with addresses of pictures or files are refused, nothing is ever fetched. Beyond OpenAI's: reasoning,
+    ours and others' name for it, as a reply told it.
+    """
 
-    neutral = {"name": (), "refusal": (), "audio": (), "function_call": (), "annotations": ([],), "tool_calls": ([],)}
+    neutral = {"refusal": (), "audio": (), "function_call": (), "annotations": ([],), "tool_calls": ([],)}
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content | None = None
+    name: Name | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
     tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS)] | None = None
     tool_call_id: str | None = None
 
@@ -229,6 +236,8 @@ class Message(Strict):
             raise ValueError(f"tool_calls are the assistant's, not of role {self.role}")
         if (self.tool_call_id is None) == (self.role == "tool"):
             raise ValueError("tool_call_id belongs to role tool, and to no other")
+        if (self.reasoning is not None or self.reasoning_content is not None) and self.role != "assistant":
+            raise ValueError(f"reasoning is the assistant's, not of role {self.role}")
         if self.content is None and not self.tool_calls:
             raise ValueError("content: this field is required; add it")
         return self
@@ -240,6 +249,10 @@ class Message(Strict):
         found["content"] = None if self.content is None else text_of(self.content)
         if self.tool_calls is not None:
             found["tool_calls"] = [call.model_dump() for call in self.tool_calls]
+        if reasoning := self.reasoning or self.reasoning_content:
+            found["reasoning"] = reasoning
+        if self.name is not None and self.role != "tool":  # a result has its call's
+            found["name"] = self.name
         return found | ({"tool_call_id": self.tool_call_id} if self.tool_call_id is not None else {})
 
 
@@ -359,77 +372,3 @@ class CompletionRequest(Sampled):
         if isinstance(asked, str):
             return [asked]
         return [asked] if isinstance(asked[0], int) else list(asked)  # type: ignore[list-item,arg-type]
-
-
-class InputMessage(Strict):
-    neutral = {"phase": ()}
-    type: Literal["message"] = "message"
-    id: Annotated[str, StringConstraints(max_length=256)] | None = None  # of a former answer, sent back with it
-    status: Literal["in_progress", "completed", "incomplete"] | None = None
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[OutputPart], Field(min_length=1, max_length=MAX_MESSAGES)]
-
-    @property
-    def plain(self) -> dict[str, Any]:
-        role = "system" if self.role == "developer" else self.role
-        text = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
-        return {"role": role, "content": text}
-
-
-class OutputPart(TextPart):
-    """A part of a former answer, sent back as it came."""
-
-    neutral = {"annotations": ([],), "logprobs": ([],)}
-
-
-InputMessage.model_rebuild()
-
-
-class FlatSchemaFormat(Schema):
-    type: Literal["json_schema"]
-
-
-class TextConfig(Strict):
-    neutral = {"verbosity": ("medium",)}
-    format: Annotated[TextFormat | FlatSchemaFormat, Field(discriminator="type")] | None = None
-
-
-class ResponsesRequest(Strict):
-    """Stateless: nothing is stored, nothing stored can be named."""
-
-    neutral = {
-        "store": (False,),
-        "background": (False,),
-        "previous_response_id": (),
-        "conversation": (),
-        "include": ([],),
-        "tools": ([],),
-        "tool_choice": ("none", "auto"),
-        "parallel_tool_calls": (True,),
-        "truncation": ("disabled",),
-        "service_tier": ("auto", "default"),
-        "reasoning": (),
-        "prompt": (),
-        "max_tool_calls": (),
-        "safety_identifier": (),
-        "prompt_cache_key": (),
-        "prompt_cache_retention": (),
-        "top_logprobs": (0,),
-    }
-    model: str = Field(max_length=1024)
-    input: str | Annotated[list[InputMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
-    instructions: str | None = None
-    max_output_tokens: Positive | None = None
-    temperature: Temperature | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    text: TextConfig | None = None
-    metadata: (
-        Annotated[
-            dict[Annotated[str, StringConstraints(max_length=64)], Annotated[str, StringConstraints(max_length=512)]],
-            Field(max_length=16),
-        ]
-        | None
-    ) = None
-    user: User | None = None

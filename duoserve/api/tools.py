@@ -8,10 +8,21 @@ import json
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
-from duoserve.api.calls import Format, Parser, body_rule, format_of
-from duoserve.api.grammar import COMPILE_S, Mask, check_schema, lark_grammar, marker_of, mask_of, with_options
+from duoserve.api.calls import Format, Parser, Signature
+from duoserve.api.formats import format_of
+from duoserve.api.grammar import (
+    COMPILE_S,
+    Mask,
+    check_schema,
+    json_rule,
+    lark_grammar,
+    marker_of,
+    mask_for,
+    mask_of,
+)
 from duoserve.core import Refusal
 from duoserve.stopping import special_ids
 
@@ -60,24 +71,36 @@ def prepare(
     ends: Sequence[int] | None = None,
     parallel: bool = True,
     within: Callable[[Callable[[], list[int]]], list[int]] = lambda render: render(),
+    answer: Mapping[str, Any] | None = None,
 ) -> Prepared:
-    """What OpenAI's `messages`, `tools`, `tool_choice` and `parallel_tool_calls` ask for.
+    """What OpenAI's `messages`, `tools`, `tool_choice`, `parallel_tool_calls` and response_format (`answer`) ask for.
 
     `ends` as `grammar.mask_for`; `within` calls what renders, within a bound.
     Takes as long as a schema's compiling does: keep it off the event loop.
     """
     known = check_tools(tools or [])
     chosen, must = choose(known, tool_choice)
-    format = _format(tokenizer) if chosen else None
-    mask = None
-    if format is not None:
+    own = _own_format(tokenizer)
+    format = _format(tokenizer) if chosen else own if own is not None and own.always else None
+    clean = check_messages(messages, own is not None and own.text_arguments)
+    mask = _answer_mask(answer, format, tokenizer, ends)
+    if chosen and format is not None:
+        if mask is not None:
+            raise Refusal("E_SCHEMA", "response_format and tools are 2 forms for one answer", "say tool_choice none")
         check_parameters(known, tokenizer, ends)
+        format = replace(format, schemas={tool.name: tool.parameters for tool in known})
         if must:
             mask = mask_of(forced(format, chosen, tokenizer, ends, parallel), tokenizer, ends)
     shown = [tool.definition() for tool in known] if chosen else None
-    clean = check_messages(messages)
     ids = within(lambda: render(clean, shown, tokenizer))
     return Prepared(ids, mask, format, _visible(format, tokenizer))
+
+
+def _answer_mask(answer: Any, format: Format | None, tokenizer: Any, ends: Sequence[int] | None) -> Mask | None:
+    def written(rule: str) -> str | None:
+        return format.answer(rule, lambda text: marker_of(text, tokenizer, ends)) if format is not None else None
+
+    return mask_for(answer, tokenizer, ends, written)
 
 
 def check_tools(tools: Sequence[Any]) -> list[Tool]:
@@ -161,6 +184,14 @@ def _format(tokenizer: Any) -> Format:
     return format
 
 
+def _own_format(tokenizer: Any) -> Format | None:
+    """What the model writes in, tools or not; None where that is not known."""
+    template = tokenizer.chat_template
+    texts = template.values() if isinstance(template, Mapping) else [template]
+    found = [format_of(text) for text in texts if isinstance(text, str)]
+    return next((format for format in found if isinstance(format, Format)), None)
+
+
 def _template(tokenizer: Any, tools: bool) -> str:
     """Some models have several templates, one of them for tools."""
     template = tokenizer.chat_template
@@ -175,7 +206,7 @@ def _visible(format: Format | None, tokenizer: Any) -> frozenset[int]:
     """The format's markers, where they are tokens that text leaves out."""
     if format is None:
         return frozenset()
-    ids = (tokenizer.get_added_vocab().get(marker) for marker in (format.opens, format.closes))
+    ids = (tokenizer.get_added_vocab().get(marker) for marker in format.markers)
     return frozenset(special_ids(tokenizer).intersection(ids))
 
 
@@ -205,28 +236,27 @@ def _check_alone(at: int, tool: Tool, tokenizer: Any, ends: Sequence[int] | None
 
 
 def _arguments(tool: Tool) -> str:
-    return f"%json {json.dumps(with_options(tool.parameters, lenient=not tool.strict))}"
+    return json_rule(tool.parameters, lenient=not tool.strict)
 
 
 def forced(
     format: Format, tools: Sequence[Tool], tokenizer: Any, ends: Sequence[int] | None = None, parallel: bool = True
 ) -> str:
     """The grammar of an answer that calls one of these tools, or several."""
-    rules = [
-        format.rules(lambda text: marker_of(text, tokenizer, ends), [f"f{n}" for n in range(len(tools))], parallel)
-    ]
-    for n, tool in enumerate(tools):
-        rules += [f"f{n}: {body_rule(tool.name, f'a{n}')}", f"a{n}: {_arguments(tool)}"]
-    return lark_grammar("\n".join(rules))
+    signatures = [Signature(tool.name, tool.parameters, tool.strict) for tool in tools]
+    return lark_grammar(format.rules(lambda text: marker_of(text, tokenizer, ends), signatures, parallel))
 
 
 # Messages
 
 
-def check_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Messages as templates read them: text contents, arguments as objects, each result with the name of its call."""
+def check_messages(messages: Sequence[Mapping[str, Any]], text_arguments: bool = False) -> list[dict[str, Any]]:
+    """Messages as templates read them: text contents, arguments as objects or text, each result with its call's name."""
     asked: dict[str, str] = {}  # calls that wait for their result: id -> name
-    return [_message(at, message, asked) for at, message in enumerate(messages)]
+    clean = [_message(at, message, asked) for at, message in enumerate(messages)]
+    for call in (call for message in clean if text_arguments for call in message.get("tool_calls", ())):
+        call["function"]["arguments"] = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+    return clean
 
 
 def _message(at: int, message: Any, asked: dict[str, str]) -> dict[str, Any]:
@@ -241,6 +271,12 @@ def _message(at: int, message: Any, asked: dict[str, str]) -> dict[str, Any]:
         if not isinstance(calls, list | tuple) or not 0 < len(calls) <= MOST_TOOLS:
             raise _wrong(f"{where}.tool_calls is no list of 1 to {MOST_TOOLS} calls", "correct it")
         clean["tool_calls"] = [_call(f"{where}.tool_calls[{n}]", call, asked) for n, call in enumerate(calls)]
+    if isinstance(message.get("name"), str) and role != "tool":
+        clean["name"] = message["name"]
+    if isinstance(message.get("reasoning"), str):
+        clean["reasoning_content"] = message["reasoning"]
+        if calls and not clean["content"]:
+            clean["thinking"] = message["reasoning"]  # gpt-oss' name for it, beside calls alone
     if role == "tool":
         call_id = message.get("tool_call_id")
         if not isinstance(call_id, str) or call_id not in asked:
