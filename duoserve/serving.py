@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from duoserve.api.host import Host
 
 DRAIN_S, AFTER_S = 30.0, 3.0  # for those under way to end; for their last words to leave
+SWITCH_S = 0.0005  # the model's thread lets the one that answers run: Python's 5 ms are longer than a layer
 STALL_MS = 60_000  # how long a peer may leave what was sent unread before its connection is cut
 
 ModelName = Annotated[
@@ -68,6 +69,7 @@ def serve(
     options: dict[str, Any] = {"budget": budget, "format": format, "trunk": trunk, "dtype": dtype, "device": device}
     options |= {"ctx": ctx, "cache_dir": cache_dir, "threads": threads, "policy": policy, "link": link}
     options["slots"] = slots
+    sys.setswitchinterval(SWITCH_S)
     options["sequences"] = parallel
     EngineConfig.of(**options)  # refuse before torch is imported
     _check_key(host, api_key)
@@ -163,6 +165,8 @@ def make_server(app: Any, host: Host, drain_s: float) -> Server:
     """uvicorn on h11, which drains the service first when it is told to end."""
     import uvicorn
 
+    from duoserve.api.turnstile import entrance
+
     class Draining(uvicorn.Server):
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
             self.force_exit = self.should_exit  # a second signal does not wait
@@ -176,7 +180,7 @@ def make_server(app: Any, host: Host, drain_s: float) -> Server:
 
     config = uvicorn.Config(
         app,
-        http="h11",
+        http=entrance(app.state.turnstile),
         ws="none",
         loop="asyncio",
         lifespan="off",

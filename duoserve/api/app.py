@@ -21,6 +21,7 @@ from duoserve.api.metrics import Counted, Metrics
 from duoserve.api.page import add_page
 from duoserve.api.schema import ChatRequest, CompletionRequest, ResponsesRequest, Strict, read
 from duoserve.api.stream import STALL_S
+from duoserve.api.turnstile import Turnstile
 from duoserve.core import Refusal
 from duoserve.version import __version__
 
@@ -111,6 +112,7 @@ def make_app(host: Host, door: Door | None = None, *, stall_s: float = STALL_S) 
     door = replace(door, open_paths=door.open_paths | add_page(app))
     routes = frozenset(str(getattr(route, "path", "")) for route in app.routes)
     app.add_middleware(Guard, door=door, metrics=api.metrics)
+    app.state.turnstile = Turnstile(host, Guard(app, door, api.metrics), api.metrics)
     app.add_middleware(Counted, metrics=api.metrics, routes=routes)
     return app
 

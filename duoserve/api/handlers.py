@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Protocol
 
 from pydantic import BaseModel
@@ -16,6 +17,7 @@ from duoserve.api.kit import Kit
 from duoserve.api.responses import Responses, answer_format, messages
 from duoserve.api.schema import ChatRequest, CompletionRequest, ResponsesRequest
 from duoserve.api.stream import EventStream, while_there
+from duoserve.api.turnstile import passed
 from duoserve.service import Busy
 
 
@@ -59,7 +61,9 @@ class Handlers:
         return await self._answer(request, reply, asked.stream)
 
     async def _answer(self, request: Request, reply: Reply, streamed: bool | None) -> Response:
-        answers = Answers(self._kit.service, reply.requests, self._kit.metrics)
+        requests = [replace(one, arrived=request.state.arrived) for one in reply.requests]
+        answers = Answers(self._kit.service, requests, self._kit.metrics)
+        passed(request.scope)
         if streamed:
             return EventStream(reply.events(answers), answers.cancel, self._stall_s)
         try:
