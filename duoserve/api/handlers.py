@@ -14,6 +14,7 @@ from duoserve.api.chat import Chat
 from duoserve.api.completions import Completions, prompt_ids
 from duoserve.api.errors import of_busy
 from duoserve.api.kit import Kit
+from duoserve.api.progress import with_progress
 from duoserve.api.responses import Responses, answer_format, messages
 from duoserve.api.schema import ChatRequest, CompletionRequest, ResponsesRequest
 from duoserve.api.stream import EventStream, while_there
@@ -46,7 +47,7 @@ class Handlers:
             parts.get("response_format"),
         )
         reply = Chat(self._kit, asked, prompt, client)
-        return await self._answer(request, reply, asked.stream)
+        return await self._answer(request, reply, asked.stream, asked.return_progress)
 
     async def completions(self, request: Request, asked: CompletionRequest) -> Response:
         client = self._client(request, asked)
@@ -60,12 +61,15 @@ class Handlers:
         reply = Responses(self._kit, asked, prompt, client)
         return await self._answer(request, reply, asked.stream)
 
-    async def _answer(self, request: Request, reply: Reply, streamed: bool | None) -> Response:
+    async def _answer(self, request: Request, reply: Reply, streamed: bool | None, progress: bool = False) -> Response:
         requests = [replace(one, arrived=request.state.arrived) for one in reply.requests]
         answers = Answers(self._kit.service, requests, self._kit.metrics)
         passed(request.scope)
         if streamed:
-            return EventStream(reply.events(answers), answers.cancel, self._stall_s)
+            events = reply.events(answers)
+            if progress:
+                events = with_progress(events, answers)
+            return EventStream(events, answers.cancel, self._stall_s)
         try:
             whole = await while_there(request, reply.whole(answers))
         finally:

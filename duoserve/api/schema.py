@@ -313,9 +313,12 @@ class ChatRequest(Sampled):
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
+    return_progress: bool = False  # llama.cpp's: see `progress`
 
     @model_validator(mode="after")
     def _agree(self) -> ChatRequest:
+        if self.return_progress and not self.stream:
+            raise ValueError("return_progress is for stream: true; leave it out")
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
