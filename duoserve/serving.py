@@ -18,6 +18,7 @@ import typer
 
 from duoserve.config import EngineConfig
 from duoserve.core import Refusal
+from duoserve.pulse import pulsing
 
 if TYPE_CHECKING:
     from uvicorn import Server
@@ -127,11 +128,16 @@ def _listening(host: str, port: int) -> Iterator[socket.socket]:
 def _load(
     host: Host, model: str | None, predictor: str | None, options: dict[str, Any], limits: dict[str, int]
 ) -> None:
-    import duoserve.api.handlers  # noqa: F401  (so that the first request need not wait for it)
-    from duoserve.opening import load
-    from duoserve.service import Limits, Service
+    with pulsing(f"loading {host.name}") as pulse:
+        import duoserve.api.handlers  # noqa: F401  (so that the first request need not wait for it)
+        from duoserve.opening import load
+        from duoserve.service import Limits, Service
 
-    engine = load(model, progress=host.progress, predictor=predictor, **options)
+        def progress(done: int, total: int, what: str) -> None:
+            host.progress(done, total, what)
+            pulse.tell(done, total, what)
+
+        engine = load(model, progress=progress, predictor=predictor, **options)
     host.ready(engine, Service(engine, Limits(**limits)))
     what = f"{limits['active']} at once, {limits['queue']} may wait"
     print(f"{host.name} is ready: {what}", file=sys.stderr, flush=True)
