@@ -148,7 +148,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []
-    with serving("--predictor", "none", "--per-client", "64", "--ctx", str(CTX)) as port:
+    with serving("--predictor", "none", "--per-client", "64", "--ctx", str(CTX)) as served:
+        port = served.port
         for path in ASKED:
             assert timed(port, asked(path))[0] == 200
         before = heard(port)

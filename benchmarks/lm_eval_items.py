@@ -132,8 +132,8 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=200)
     parser.add_argument("--at-once", type=int, default=4)
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder, serving("--predictor", "none", "--per-client", "64") as port:
-        samples = evaluated(args.python, port, items(args.items), Path(folder), args.at_once)
+    with tempfile.TemporaryDirectory() as folder, serving("--predictor", "none", "--per-client", "64") as served:
+        samples = evaluated(args.python, served.port, items(args.items), Path(folder), args.at_once)
     with duoserve.load(None, predictor="none") as engine:
         found = compare(engine, samples)
     print(
