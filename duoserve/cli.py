@@ -19,6 +19,7 @@ import typer
 from duoserve import benching, dep, learning, serving, showing, simulating, tracing
 from duoserve.config import EngineConfig, parse_size, size
 from duoserve.core import Refusal, nearest
+from duoserve.pulse import pulsing
 from duoserve.version import __version__
 
 if TYPE_CHECKING:
@@ -353,10 +354,11 @@ def _engine(model: str | None, options: dict[str, Any], predictor: str | None = 
     EngineConfig.of(**options)  # refuse before torch is imported
     if sys.stderr.isatty():
         print(f"loading {model or 'the demo'} ...", file=sys.stderr, flush=True)
-    from duoserve.opening import load
-
-    with _progress() as progress:
-        engine = load(model, progress=progress, predictor=predictor, **options)
+    what = f"loading {model or 'the demo'}"
+    with pulsing(what):  # torch takes its time
+        from duoserve.opening import load
+    with _progress() as progress, pulsing(what, terminals=False) as pulse:
+        engine = load(model, progress=pulse.beside(progress), predictor=predictor, **options)
     try:
         yield engine
     finally:

@@ -20,6 +20,8 @@ class Conversation:
     answer may therefore differ from `Engine.generate` on the same messages. `reuse=False` reads all, every time.
     """
 
+    unit = "layer"  # what `on_layer` counts
+
     def __init__(self, engine: Engine, system: str | None = None, reuse: bool = True):
         self.engine, self.reuse = engine, reuse
         self.system = system

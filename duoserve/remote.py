@@ -30,15 +30,17 @@ class Server:
         messages: list[dict[str, str]],
         *,
         on_text: Callable[[str], None] | None = None,
-        on_layer: Any = None,
+        on_layer: Callable[[int, int], None] | None = None,
         cancelled: Callable[[], bool] | None = None,
         **options: Any,
     ) -> Answer:
-        """As `Engine.generate` with messages; leaving the stream is what cancels."""
+        """As `Engine.generate` with messages; leaving the stream is what cancels. `on_layer` hears of tokens read."""
         began, first, text, finish, usage = time.perf_counter(), 0.0, "", "cancelled", None
         with _refusing(self.url), self._client.chat.completions.create(**self._asked(messages, options)) as stream:
             for chunk in stream:
                 usage = chunk.usage or usage
+                if on_layer and (read := (chunk.model_extra or {}).get("prompt_progress")) and read["processed"]:
+                    on_layer(read["processed"] - 1, read["total"])
                 for choice in chunk.choices:
                     if choice.delta.content:
                         first = first or time.perf_counter()
@@ -78,11 +80,14 @@ class Server:
                 asked[name] = options.pop(name)
         if self.seed is not None:
             asked["seed"] = self.seed
-        return {k: v for k, v in asked.items() if v is not None} | {"extra_body": options}
+        told = {"return_progress": True} if self._ours else {}
+        return {k: v for k, v in asked.items() if v is not None} | {"extra_body": options | told}
 
     def _found(self, model: str | None) -> str:
         with _refusing(self.url):
-            names = [found.id for found in self._client.models.list()]
+            found = list(self._client.models.list())
+        names = [each.id for each in found]
+        self._ours = all(each.owned_by == "duoserve" for each in found)
         if model is not None and model not in names:
             raise Refusal("E_URL", f"{self.url} serves {', '.join(names)}, not {model}", "leave the model out", 3)
         return names[0]
@@ -90,6 +95,8 @@ class Server:
 
 class RemoteConversation(Conversation):
     """Turns of one chat; the server reads all of them each time."""
+
+    unit = "token"
 
     def __init__(self, server: Server, system: str | None = None):
         super().__init__(server, system, reuse=False)  # type: ignore[arg-type]

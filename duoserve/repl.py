@@ -106,7 +106,7 @@ def banner(engine: Engine) -> str:
 def _stream(chat: Conversation, text: str | None, settings: dict[str, Any]) -> Answer | None:
     options = _options(chat, settings)
     with _interruptible() as stop:
-        show = _Progress()
+        show = _Progress(chat.unit)
         watch = {"on_text": show.text, "on_layer": show.layer, "cancelled": stop.is_set}
         answer = chat.retry(**watch, **options) if text is None else chat.say(text, **watch, **options)
         show.end()
@@ -265,13 +265,13 @@ def _interruptible() -> Iterator[threading.Event]:
 class _Progress:
     """The answer on stdout as it comes; before it, in a terminal, how far the prompt has been read."""
 
-    def __init__(self) -> None:
-        self._shown = 0
+    def __init__(self, unit: str) -> None:
+        self._shown, self._unit = 0, unit
         self._terminal = sys.stderr.isatty()
 
     def layer(self, done: int, layers: int) -> None:
         if self._terminal:
-            line = f"reading the prompt: layer {done + 1} of {layers}"
+            line = f"reading the prompt: {self._unit} {done + 1} of {layers}"
             self._shown = len(line)
             print(f"\r{line}", end="", file=sys.stderr, flush=True)
 

@@ -47,7 +47,9 @@ class Request:
     """A prompt as token ids and how to go on with it. `max_new` None: as many as there is room for; 0: only read the prompt.
 
     `prompt_logprobs`: alternatives to report with each token of the prompt; None for none.
-    `mask` as `sampling.Draw`; made anew for each request. `visible`: special tokens that are part of the text.
+    `arrived`: `time.perf_counter()` when it came, None for its submission: a client's requests go by that, however long one
+    took to be understood. `mask` as `sampling.Draw`; made anew for each request. `visible`: special tokens that are part of
+    the text.
     """
 
     ids: list[int]
@@ -60,6 +62,7 @@ class Request:
     mask: Any = None
     visible: frozenset[int] = frozenset()
     client: str = ""
+    arrived: float | None = None
 
 
 class Piece(NamedTuple):
@@ -106,6 +109,7 @@ class Ticket:
     def __init__(self, request: Request, room: int, tell: Callable[[Event], None]):
         self.request, self.room, self._tell = request, room, tell
         self.submitted = time.perf_counter()
+        self.arrived = self.submitted if request.arrived is None else request.arrived
         self.admitted: float | None = None
         self.first: float | None = None
         self.new_tokens = 0
@@ -161,22 +165,29 @@ class Service:
         ticket = Ticket(request, self.room(request), tell)
         with self._lock:
             self.refuse_full(request.client)
-            self._waiting.setdefault(request.client, deque()).append(ticket)
+            _in_order(self._waiting.setdefault(request.client, deque()), ticket)
             self._lock.notify()
         return ticket
 
     def refuse_full(self, client: str = "") -> None:
         """`Busy` where one more of this client's could not wait now."""
+        if (busy := self.busy(client)) is not None:
+            raise busy
+
+    def busy(self, client: str = "", coming: int = 0) -> Busy | None:
+        """What one more of this client's would hear, `coming` others being on their way here; None where it may wait."""
         with self._lock:
             mine = len(self._waiting.get(client, ())) + sum(t.request.client == client for t in self._active)
-            waiting, most = self.queued, self.limits.per_client
+            at_once = max(0, self.limits.active - len(self._active))  # of those who wait
+            waiting, most = self.queued + coming - at_once, self.limits.per_client
         if not self._open:
-            raise Busy("the server is shutting down", "server", 30)
+            return Busy("the server is shutting down", "server", 30)
         if waiting >= self.limits.queue:
-            raise Busy(f"{waiting} requests wait, at most {self.limits.queue} may", "server", self._retry_s())
+            return Busy(f"{waiting} requests wait, at most {self.limits.queue} may", "server", self._retry_s())
         if client and mine >= most:
             what = f"{mine} of your requests are under way, at most {most} may be"
-            raise Busy(what, "client", self._retry_s())
+            return Busy(what, "client", self._retry_s())
+        return None
 
     @property
     def open(self) -> bool:
@@ -369,6 +380,14 @@ class Service:
 
     def _count(self, finish: str) -> None:
         self.finished[finish] = self.finished.get(finish, 0) + 1
+
+
+def _in_order(tickets: deque[Ticket], ticket: Ticket) -> None:
+    """Add a client's request behind those that came before it."""
+    at = len(tickets)
+    while at and tickets[at - 1].arrived > ticket.arrived:
+        at -= 1
+    tickets.insert(at, ticket)
 
 
 class _Reader(transformers.generation.streamers.BaseStreamer, transformers.StoppingCriteria):

@@ -18,6 +18,7 @@ import typer
 
 from duoserve.config import EngineConfig
 from duoserve.core import Refusal
+from duoserve.pulse import pulsing
 
 if TYPE_CHECKING:
     from uvicorn import Server
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from duoserve.api.host import Host
 
 DRAIN_S, AFTER_S = 30.0, 3.0  # for those under way to end; for their last words to leave
+SWITCH_S = 0.0005  # the model's thread lets the one that answers run: Python's 5 ms are longer than a layer
 STALL_MS = 60_000  # how long a peer may leave what was sent unread before its connection is cut
 
 ModelName = Annotated[
@@ -71,6 +73,7 @@ def serve(
     options: dict[str, Any] = {"budget": budget, "format": format, "trunk": trunk, "dtype": dtype, "device": device}
     options |= {"ctx": ctx, "cache_dir": cache_dir, "threads": threads, "policy": policy, "link": link}
     options["slots"], options["kernels"] = slots, str(kernels) if kernels is not None else None
+    sys.setswitchinterval(SWITCH_S)
     options["sequences"] = parallel
     EngineConfig.of(**options)  # refuse before torch is imported
     _check_key(host, api_key)
@@ -128,11 +131,16 @@ def _listening(host: str, port: int) -> Iterator[socket.socket]:
 def _load(
     host: Host, model: str | None, predictor: str | None, options: dict[str, Any], limits: dict[str, int]
 ) -> None:
-    import duoserve.api.handlers  # noqa: F401  (so that the first request need not wait for it)
-    from duoserve.opening import load
-    from duoserve.service import Limits, Service
+    with pulsing(f"loading {host.name}") as pulse:
+        import duoserve.api.handlers  # noqa: F401  (so that the first request need not wait for it)
+        from duoserve.opening import load
+        from duoserve.service import Limits, Service
 
-    engine = load(model, progress=host.progress, predictor=predictor, **options)
+        def progress(done: int, total: int, what: str) -> None:
+            host.progress(done, total, what)
+            pulse.tell(done, total, what)
+
+        engine = load(model, progress=progress, predictor=predictor, **options)
     host.ready(engine, Service(engine, Limits(**limits)))
     what = f"{limits['active']} at once, {limits['queue']} may wait"
     print(f"{host.name} is ready: {what}", file=sys.stderr, flush=True)
@@ -166,6 +174,8 @@ def make_server(app: Any, host: Host, drain_s: float) -> Server:
     """uvicorn on h11, which drains the service first when it is told to end."""
     import uvicorn
 
+    from duoserve.api.turnstile import entrance
+
     class Draining(uvicorn.Server):
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
             self.force_exit = self.should_exit  # a second signal does not wait
@@ -179,7 +189,7 @@ def make_server(app: Any, host: Host, drain_s: float) -> Server:
 
     config = uvicorn.Config(
         app,
-        http="h11",
+        http=entrance(app.state.turnstile),
         ws="none",
         loop="asyncio",
         lifespan="off",

@@ -376,10 +376,12 @@ def test_who_waits_too_long_is_told(engine: Any) -> None:
 def test_nothing_between_us_and_a_client_that_leaves(server: Running) -> None:
     """BaseHTTPMiddleware hides that a client left; httptools takes headers of any length."""
     from starlette.middleware.base import BaseHTTPMiddleware
+    from uvicorn.protocols.http.h11_impl import H11Protocol
 
     assert not any(issubclass(m.cls, BaseHTTPMiddleware) for m in server.app.user_middleware)
     config = server.server.config
-    assert config.http == "h11" and config.h11_max_incomplete_event_size == 64 << 10
+    config = server.server.config
+    assert issubclass(config.http_protocol_class, H11Protocol) and config.h11_max_incomplete_event_size == 64 << 10
     assert config.timeout_graceful_shutdown is not None and config.limit_concurrency is None
 
 

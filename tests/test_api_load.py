@@ -121,7 +121,19 @@ def test_five_hundred_at_once_are_answered_or_turned_away(engine: Any) -> None:
 def test_our_own_schema_holds_what_schemathesis_makes_of_it(engine: Any) -> None:
     schemathesis = pytest.importorskip("schemathesis")
     import hypothesis
+    from schemathesis.specs.openapi.checks import (
+        content_type_conformance,
+        response_headers_conformance,
+        response_schema_conformance,
+        status_code_conformance,
+    )
 
+    checks = [
+        content_type_conformance,
+        response_headers_conformance,
+        response_schema_conformance,
+        status_code_conformance,
+    ]
     with running(engine, Limits(active=4, queue=64, per_client=1000)) as server:
         schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
         statuses: dict[int, int] = {}
@@ -138,6 +150,7 @@ def test_our_own_schema_holds_what_schemathesis_makes_of_it(engine: Any) -> None
             reply = case.call(timeout=60)
             statuses[reply.status_code] = statuses.get(reply.status_code, 0) + 1
             assert reply.status_code < 500 or reply.status_code == 503, reply.text
+            case.validate_response(reply, checks=checks)
             if reply.status_code >= 400:
                 assert set(reply.json()["error"]) == {"message", "type", "param", "code"}
 

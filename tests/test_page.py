@@ -19,10 +19,12 @@ sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not 
 uvicorn = pytest.importorskip("uvicorn")
 from fastapi import Depends, FastAPI, HTTPException, Request  # noqa: E402
 from fastapi.responses import JSONResponse, StreamingResponse  # noqa: E402
+from servers import running  # noqa: E402
 
 import duoserve  # noqa: E402
 from duoserve.api.app import make_app  # noqa: E402
 from duoserve.api.host import Host  # noqa: E402
+from duoserve.api.limits import Door  # noqa: E402
 from duoserve.api.live import snapshot  # noqa: E402
 from duoserve.api.page import add_page, assets  # noqa: E402
 from duoserve.service import End, Service  # noqa: E402
@@ -31,6 +33,7 @@ from duoserve.service import Request as ServiceRequest  # noqa: E402
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed (apt-get install chromium)")
 thorough = pytest.mark.slow  # a second or two each, and a minute in all where the machine is busy
+KEY = "a-key-of-some-length"
 XSS = json.loads((Path(__file__).parent / "data" / "xss.json").read_text())
 
 
@@ -164,12 +167,13 @@ def browser() -> Iterator[Any]:
 class Site:
     """A server, a browser's context, and what both must never see: foreign requests, script errors, broken policy."""
 
-    def __init__(self, app: Any, browser: Any, **options: Any):
+    def __init__(self, app: Any, browser: Any, at: int | None = None, **options: Any):
+        """`at`: the port of a server that runs already, instead of an application."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+            self.port = at or probe.getsockname()[1]
         self.app, self.url = app, f"http://127.0.0.1:{self.port}"
-        self.server: Running | None = Running(app, self.port)
+        self.server: Running | None = Running(app, self.port) if at is None else None
         self.context = browser.new_context(viewport={"width": 1360, "height": 860}, **options)
         self.context.set_default_timeout(20_000)
         self.requests: list[str] = []
@@ -700,6 +704,32 @@ def test_the_demo_answers_and_its_picture_moves(demo: Any, real: Site) -> None:
         const d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data;
         return new Set(Array.from({length: d.length / 4}, (_, i) => d.slice(4 * i, 4 * i + 4).join())).size; }""")
     assert drawn > 5  # colours: absent, and resident by how often they are used
+
+
+@thorough
+@needs_chromium
+def test_a_server_with_a_key_answers_who_gives_it(demo: Any, browser: Any) -> None:
+    """The whole of `duoserve serve --api-key`, over its own protocol."""
+    with running(demo[0], door=Door(key=KEY)) as server:
+        site = Site(None, browser, at=server.port)
+        page = site.open()
+        page.wait_for_selector("#key[open]")
+        page.fill("#key-value", "wrong-key")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#key[open]")
+        page.wait_for_function("() => document.querySelector('#key-value').value === ''")
+        assert server.service.finished == {}
+        page.fill("#key-value", KEY)
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#status[data-state=ready]")
+        page.wait_for_selector("#lanes .lane")  # its picture needs the key too
+        page.evaluate("() => localStorage.setItem('duoserve.settings', JSON.stringify({maxTokens: 8, temperature: 0}))")
+        send(page, "Explain an index.")
+        assert answered(page) and sum(server.service.finished.values()) == 1
+        stored = page.evaluate("JSON.stringify(localStorage) + document.cookie + location.href")
+        assert KEY not in stored and KEY not in "".join(site.requests)
+        site.open().wait_for_selector("#key[open]")  # another tab knows nothing of it
+        site.close()
 
 
 @thorough

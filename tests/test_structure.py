@@ -14,7 +14,7 @@ FLOORS = {
     0: {
         *("attention", "benefit", "cap", "checkpoint", "codec", "config", "core", "decisions", "device", "durable"),
         *("folder", "foresight", "future", "headers", "hub", "int4", "native", "peers", "prompts", "published"),
-        *("results", "routers", "sampling", "sizing", "stopping", "system", "timeline", "version"),
+        *("pulse", "results", "routers", "sampling", "sizing", "stopping", "system", "timeline", "version"),
     },
     1: {"cache", "clock", "clockstream", "experts", "manifest", "road", "runfile", "shelf", "store", "trunk"},
     2: {"board", "contest", "convert", "grouped", "lanes", "profile", "transfer"},

@@ -59,6 +59,13 @@ class Answers:
         finally:
             self.cancel()
 
+    def reading(self) -> tuple[int, int] | None:
+        """Tokens of the running choices' prompts that were read, and all of them; None once there is text."""
+        if self._latest or not self._running:
+            return None
+        tickets = self._running.values()
+        return sum(t.read for t in tickets), sum(len(t.request.ids) for t in tickets)
+
     def cancel(self) -> None:
         self._left.clear()
         for ticket in self._running.values():

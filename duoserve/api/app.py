@@ -22,12 +22,44 @@ from duoserve.api.page import add_page
 from duoserve.api.responses_input import ResponsesRequest
 from duoserve.api.schema import ChatRequest, CompletionRequest, Strict, read
 from duoserve.api.stream import STALL_S
+from duoserve.api.turnstile import Turnstile
 from duoserve.core import Refusal
 from duoserve.version import __version__
 
 if TYPE_CHECKING:
     from duoserve.api.handlers import Handlers
 
+ENVELOPE = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": ["string", "null"]},
+            },
+            "additionalProperties": False,
+        }
+    },
+}
+REFUSALS = {
+    400: "something in the request cannot be",
+    401: "the API key is missing or wrong",
+    403: "another host or page",
+    404: "no such route or model",
+    405: "another method",
+    408: "the body did not come in time",
+    413: "the body is too large",
+    415: "not JSON",
+    429: "too many requests of one client",
+    431: "the headers are too large",
+    500: "the answer failed",
+    503: "loading, busy or shutting down",
+}
 LARGE = 64 << 10  # bytes of a body that are parsed off the event loop
 T = TypeVar("T", bound=Strict)
 
@@ -99,19 +131,28 @@ def make_app(host: Host, door: Door | None = None, *, stall_s: float = STALL_S) 
         ("/v1/responses", api.responses, ResponsesRequest),
     ):
         _post(app, path, handler, kind)
-    for path, get in (
-        ("/v1/models", api.models),
-        ("/v1/models/{name:path}", api.one_model),
-        ("/health", api.health),
-        ("/metrics", api.figures),
-        ("/v1/expert-cache", api.expert_cache),
+    not_ready: dict[int | str, dict[str, Any]] = {503: {"description": "loading or shutting down, with how far"}}
+    for path, get, kinds, more in (
+        ("/v1/models", api.models, JSONResponse, {}),
+        ("/v1/models/{name:path}", api.one_model, JSONResponse, {}),
+        ("/health", api.health, JSONResponse, not_ready),
+        ("/metrics", api.figures, PlainTextResponse, {}),
+        ("/v1/expert-cache", api.expert_cache, JSONResponse, {}),
     ):
-        app.add_api_route(path, get, methods=["GET"], response_class=JSONResponse, response_model=None)
+        app.add_api_route(
+            path,
+            get,
+            methods=["GET"],
+            response_class=kinds,
+            response_model=None,
+            responses={**_refusals(*REFUSALS), **more},
+        )
     _errors(app, api.metrics)
     door = door or Door()
     door = replace(door, open_paths=door.open_paths | add_page(app))
     routes = frozenset(str(getattr(route, "path", "")) for route in app.routes)
     app.add_middleware(Guard, door=door, metrics=api.metrics)
+    app.state.turnstile = Turnstile(host, Guard(app, door, api.metrics), api.metrics)
     app.add_middleware(Counted, metrics=api.metrics, routes=routes)
     return app
 
@@ -129,8 +170,13 @@ def _post(
         openapi_extra={"requestBody": body},
         response_model=None,
         response_class=JSONResponse,
-        responses={400: {"description": "refused"}, 503: {"description": "busy"}},
+        responses={200: {"content": {"application/json": {}, "text/event-stream": {}}}, **_refusals(*REFUSALS)},
     )
+
+
+def _refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    content = {"application/json": {"schema": ENVELOPE}}
+    return {status: {"description": REFUSALS[status], "content": content} for status in statuses}
 
 
 def _inlined(schema: dict[str, Any]) -> dict[str, Any]:

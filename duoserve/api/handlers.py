@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -10,11 +12,13 @@ from duoserve.api.chat import Chat
 from duoserve.api.completions import Completions, prompt_ids
 from duoserve.api.errors import of_busy
 from duoserve.api.kit import Kit
+from duoserve.api.progress import with_progress
 from duoserve.api.reply import Reply
 from duoserve.api.responses import Responses
 from duoserve.api.responses_input import ResponsesRequest, answer_format, chat_choice, chat_tool, messages
 from duoserve.api.schema import ChatRequest, CompletionRequest
 from duoserve.api.stream import EventStream, while_there
+from duoserve.api.turnstile import passed
 from duoserve.service import Busy
 
 
@@ -33,7 +37,7 @@ class Handlers:
             parts.get("response_format"),
         )
         reply = Chat(self._kit, asked, prompt, client)
-        return await self._answer(request, reply, asked.stream)
+        return await self._answer(request, reply, asked.stream, asked.return_progress)
 
     async def completions(self, request: Request, asked: CompletionRequest) -> Response:
         client = self._client(request, asked)
@@ -54,10 +58,15 @@ class Handlers:
         reply = Responses(self._kit, asked, prompt, client)
         return await self._answer(request, reply, asked.stream)
 
-    async def _answer(self, request: Request, reply: Reply, streamed: bool | None) -> Response:
-        answers = Answers(self._kit.service, reply.requests, self._kit.metrics)
+    async def _answer(self, request: Request, reply: Reply, streamed: bool | None, progress: bool = False) -> Response:
+        requests = [replace(one, arrived=request.state.arrived) for one in reply.requests]
+        answers = Answers(self._kit.service, requests, self._kit.metrics)
+        passed(request.scope)
         if streamed:
-            return EventStream(reply.events(answers), answers.cancel, self._stall_s)
+            events = reply.events(answers)
+            if progress:
+                events = with_progress(events, answers)
+            return EventStream(events, answers.cancel, self._stall_s)
         try:
             whole = await while_there(request, reply.whole(answers))
         finally:

@@ -10,6 +10,7 @@ import asyncio
 import hmac
 import ipaddress
 import re
+import time
 import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -69,7 +70,7 @@ class Guard:
             return await self._app(scope, receive, send)
         send = _named(send, _request_id(scope))
         try:
-            self._check(scope)
+            self.check(scope)
             body = await self._body(scope, receive)
         except ApiError as error:
             self._metrics.reject(error.code)
@@ -77,7 +78,8 @@ class Guard:
         if body is not None:
             await self._app(scope, _replayed(body, receive), send)
 
-    def _check(self, scope: Scope) -> None:
+    def check(self, scope: Scope) -> None:
+        """ApiError where the head of a request is refused."""
         headers: list[tuple[bytes, bytes]] = scope["headers"]
         n_bytes = len(scope["raw_path"]) + len(scope["query_string"]) + sum(len(k) + len(v) + 4 for k, v in headers)
         if n_bytes > self._door.max_headers:
@@ -176,10 +178,10 @@ def _is_address(name: str) -> bool:
 
 
 def _request_id(scope: Scope) -> bytes:
-    """The caller's own, where it is a plain word."""
+    """The caller's own, where it is a plain word. When it came is noted too."""
     given = _all(scope["headers"], b"x-request-id")
     name = given[0] if len(given) == 1 and REQUEST_ID.fullmatch(given[0]) else uuid.uuid4().hex.encode()
-    scope.setdefault("state", {})["request_id"] = name.decode()
+    scope.setdefault("state", {}).update(request_id=name.decode(), arrived=time.perf_counter())
     return name
 
 

@@ -82,16 +82,14 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _deeper(value: Any, depth: int) -> bool:
-    level = [value]
+    """A level at a time; what json makes is of these very types."""
+    level = [value] if type(value) in (dict, list) else []
     for _ in range(depth):
-        level = [v for item in level if isinstance(item, (dict, list)) for v in _inside(item)]
+        inside = [item.values() if type(item) is dict else item for item in level]
+        level = [v for values in inside for v in values if type(v) is dict or type(v) is list]
         if not level:
             return False
     return True
-
-
-def _inside(item: dict[str, Any] | list[Any]) -> list[Any]:
-    return [v for v in (item.values() if isinstance(item, dict) else item) if isinstance(v, (dict, list))]
 
 
 def _whole(value: Any) -> bool:
@@ -326,9 +324,12 @@ class ChatRequest(Sampled):
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
+    return_progress: bool = False  # llama.cpp's: see `progress`
 
     @model_validator(mode="after")
     def _agree(self) -> ChatRequest:
+        if self.return_progress and not self.stream:
+            raise ValueError("return_progress is for stream: true; leave it out")
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
@@ -342,7 +343,8 @@ class ChatRequest(Sampled):
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
 
-Tokens = Annotated[list[Token], Field(min_length=1)]
+# Of a hundred thousand wrong ones the first is enough.
+Tokens = Annotated[list[Token], Field(min_length=1, fail_fast=True)]
 
 
 class CompletionRequest(Sampled):
