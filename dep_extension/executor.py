@@ -4,8 +4,7 @@ knows nothing of how processes come to be, nor of prompts and text (`answering.p
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -183,25 +182,17 @@ class ExpertSide:
             device, share, self.slots, [spec.module for spec in specs], Policy(opened.config.policy), None, scratch
         )
 
-    def walk(self, comm: Comm, start: Position = START, note: Note | None = None) -> None:
-        """Serve until every micro-batch of every attention rank has ended."""
-        with _worker(comm, self.device) as worker:
-            empty_0D = self.opened.empty(self.device)
-            itinerary = self.course.itinerary
-            ExpertWalk(comm, itinerary, self.rank.compute, empty_0D, self.course.most, worker, note).run(start)
-
-
-@contextlib.contextmanager
-def _worker(comm: Comm, device: Device) -> Iterator[Worker]:
-    """On the CPU experts compute on a thread beside the one that issues; where both groups are one thread, on that."""
-    if device.name != "cpu" or not getattr(comm, "blocks", True):
-        yield Inline()
-        return
-    beside = Beside()
-    try:
-        yield beside
-    finally:
-        beside.close()
+    def walk(self, comm: Comm, start: Position = START, note: Note | None = None, worker: Worker | None = None) -> None:
+        """Serve until every micro-batch of every attention rank has ended. `worker`: where experts compute; without one on a
+        thread beside this one, which issues, or on a GPU behind it."""
+        own = Beside() if worker is None and self.device.name == "cpu" else None
+        empty_0D, most, itinerary = self.opened.empty(self.device), self.course.most, self.course.itinerary
+        try:
+            walk = ExpertWalk(comm, itinerary, self.rank.compute, empty_0D, most, worker or own or Inline(), note)
+            walk.run(start)
+        finally:
+            if own is not None:
+                own.close()
 
 
 def _refuse_norms(specs: Sequence[Any]) -> None:
