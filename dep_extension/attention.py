@@ -58,7 +58,7 @@ class Attention:
         self, device: Device, experts_L: Sequence[int], shares_L: Sequence[Shares], r2: int, sender: int = 0
     ) -> None:
         self.device = device
-        self._experts_L, self._sender = list(experts_L), sender
+        self._experts_L, self.sender = list(experts_L), sender
         self.shared = Shared()
         self.batches: list[MicroBatch] = []
         self.steps = 0
@@ -68,7 +68,7 @@ class Attention:
 
     def share_out(self, shares_L: Sequence[Shares], r2: int) -> None:
         """Send by these shares and in so many chunks from now on; what is not wholly back is sent again."""
-        self._seats_L: list[dict[int, Seat]] = [seats(shares, self._sender) for shares in shares_L]
+        self._seats_L: list[dict[int, Seat]] = [seats(shares, self.sender) for shares in shares_L]
         self._ranks, self._r2 = len(shares_L[0]), r2
         self.most = max(len(held) for shares in shares_L for held in shares)
         for batch in self.batches:
