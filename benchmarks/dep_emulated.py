@@ -1,12 +1,12 @@
-"""Does a plan hold? The walk and the exchange are real, between processes over Gloo; compute is sleep of the seconds that the
-solver plans with. Prints what the solver says and what was measured, for naive DEP, PPPipe and FinDEP, as one JSON line.
+"""Does a plan hold? The walk and the exchange are real, between processes over Gloo; compute is sleep of the seconds that
+the solver plans with. Prints what the solver says and what was measured, for naive DEP, PPPipe and FinDEP, as one JSON line.
 
     python -m benchmarks.dep_emulated [--ag 2 --eg 2 --layers 8 --runs 7]
 
-The exchange is measured first, by the same Comm: a line over elements, and the exchange of counts. Compute is then made as much
-slower as the link is (--attention and --expert: in units of an exchange of half the batch; the shared expert follows), so that
-what is tested is the schedule, not this machine. Where both directions and the processes share few cores, exchanges take longer
-beside each other than alone: the shorter they are beside compute, the less that matters.
+The exchange is measured first, by the same Comm: a line over elements, and the exchange of counts. Compute is then made as
+slow beside the link as asked (--attention and --expert: in units of an exchange of half the batch; the shared expert
+follows), so that what is tested is the schedule, not this machine. Where both directions and all processes share few cores,
+exchanges take longer beside each other than alone: the shorter they are beside compute, the less that matters.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,6 +27,7 @@ import torch
 from dep_extension.comm import Comm, Place, Role
 from dep_extension.cost import Line, Machine, Model, Split, chunks, tokens_per_expert
 from dep_extension.schedule import Work
+from dep_extension.shares import Beside
 from dep_extension.solver import Cut, Plan, Problem, findep, naive, pppipe, work_of
 from dep_extension.walk import AttentionWalk, ExpertWalk, Itinerary, Position, Sent
 from dep_extension.world import Bounds, host_store, open_world
@@ -71,7 +71,7 @@ def measure(comm: Comm, rows: int) -> float:
     sent = torch.zeros(each * eg, WIDTH)
     taken = []
     for _ in range(TIMES):
-        _meet(comm)
+        torch.distributed.barrier()
         began = time.perf_counter()
         if comm.place.role is Role.ATTENTION:
             comm.dispatch(sent, [each] * eg, [0] * eg, WIDTH).wait()
@@ -84,17 +84,12 @@ def measure(comm: Comm, rows: int) -> float:
 def measure_counts(comm: Comm) -> float:
     taken = []
     for _ in range(TIMES):
-        _meet(comm)
+        torch.distributed.barrier()
         began = time.perf_counter()
         sent = torch.zeros(comm.place.eg, 16, dtype=torch.int64) if comm.place.role is Role.ATTENTION else None
         comm.counts(sent, 16).wait()
         taken.append(time.perf_counter() - began)
     return statistics.median(taken[5:])
-
-
-def _meet(comm: Comm) -> None:
-    """All ranks are here; no process group of its own, so that what is measured has what the walk has."""
-    torch.distributed.barrier()
 
 
 def fit(points: Sequence[tuple[float, float]]) -> Line:
@@ -136,10 +131,9 @@ def walk(comm: Comm, problem: Problem, plan: Plan) -> tuple[float, float]:
     """When this rank began and ended; an expert rank's are of no account."""
     work = work_of(problem, plan.split, Cut(plan.samples, plan.r1, plan.r2))
     itinerary = Itinerary.of(work.layers, work.r1, work.r2, plan.order, work)
-    empty_0D, ag, eg = torch.empty(0, WIDTH), comm.place.ag, comm.place.eg
+    empty_0D = torch.empty(0, WIDTH)
     torch.distributed.barrier()
     if comm.place.role is Role.EXPERT:
-        from dep_extension.shares import Beside
 
         def experts(layer: int, batch: int, chunk: int, rows_PD: torch.Tensor, counts_AL: Any) -> torch.Tensor:
             sleep(float(work.expert_IJ[batch, chunk]))
