@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -27,9 +27,20 @@ from duoserve.hub import resolve
 from duoserve.int4 import Scratch
 from duoserve.manifest import is_store
 from duoserve.model import fill_trunk, stock_model, watch_passes
-from duoserve.plan import MIN_SLOTS, Sizes, check_memory, compute_dtype, default_budget, make_plan, trunk_format
+from duoserve.plan import (
+    MIN_SLOTS,
+    Sizes,
+    check_memory,
+    compute_dtype,
+    default_budget,
+    host_slabs,
+    make_plan,
+    trunk_format,
+)
 from duoserve.shelf import cache_dir, note_use, refuse_half_made
-from duoserve.store import Store
+from duoserve.store import Store, StoreSize
+from duoserve.system import available_ram
+from duoserve.transfer import HostTier
 
 
 class Opened(NamedTuple):
@@ -188,8 +199,8 @@ class ExpertSide:
         share = Share(self.opened.store, course.held(place.index))
         free = default_budget(self.device.name, self.device.free_bytes()) // self._peers
         self.slots = expert_slots(share, config, self._scratch.n_bytes, free)
-        policy = Policy(config.policy)
-        self.rank = ExpertRank(self.device, share, self.slots, self._modules, policy, None, self._scratch)
+        host, policy = _host_tier(self.device, share), Policy(config.policy)
+        self.rank = ExpertRank(self.device, share, self.slots, self._modules, policy, host, self._scratch)
 
     def walk(self, comm: Comm, start: Position = START, note: Note | None = None, worker: Worker | None = None) -> None:
         """Serve until every micro-batch of every attention rank has ended. `worker`: where experts compute; without one on a
@@ -202,6 +213,16 @@ class ExpertSide:
         finally:
             if own is not None:
                 own.close()
+
+
+def _host_tier(device: Device, share: Share) -> HostTier | None:
+    """Between the disk and a GPU, as in the engine."""
+    if device.disk is None:
+        return None
+    slabs = host_slabs(StoreSize(share.n_experts, share.slab_bytes, 0), available_ram())
+    tier = HostTier(device, cast(Store, share), slabs)
+    tier.fill()
+    return tier
 
 
 def _refuse_norms(specs: Sequence[Any]) -> None:
