@@ -93,6 +93,7 @@ class Comm(Protocol):
 
     place: Place
     generation: int
+    blocks: bool  # a wait stops its thread, and may be made on any; else it lets others of its own thread run
 
     def counts(self, sent_EW: Tensor | None, width: int) -> Handle:
         """A2E. An attention rank sends (eg, width) int64, a row to each expert rank; an expert rank passes None and
@@ -123,6 +124,8 @@ class GroupComm:
 
     A group carries CPU tensors (counts) as well as those of `device` (rows): Gloo, or `cpu:gloo,cuda:nccl`.
     """
+
+    blocks = True
 
     def __init__(
         self,
@@ -155,6 +158,18 @@ class GroupComm:
     def combine(self, rows_PD: Tensor | None, to: Sequence[int], of: Sequence[int], width: int) -> Exchange:
         return self._issue(self._e2a, self._sent(rows_PD, Role.EXPERT, width), to, of, width)
 
+    def everyone(self, mine_RW: Tensor) -> Tensor:
+        """Between any two ranks, of one role too: row r to rank r of the union world; what came, (R, W) int64. Waits."""
+        got = torch.empty_like(mine_RW)
+        self._check()
+        try:
+            work = dist.all_to_all_single(got, mine_RW, group=self._a2e, async_op=True)
+        except RuntimeError as error:
+            self.fail()
+            raise self._watch.blame(error) from error
+        self.finish(work, True)
+        return got
+
     def close(self) -> None:
         """The groups stay; whoever made them ends them."""
         left, self._waiting = self._waiting, set()
@@ -171,9 +186,7 @@ class GroupComm:
         self, group: dist.ProcessGroup, sent: Tensor, to: Sequence[int], of: Sequence[int], width: int
     ) -> Exchange:
         assert sum(to) == len(sent), f"{sum(to)} rows by their splits, {len(sent)} by their tensor"
-        if (gone := self._watch.lost()) is not None:
-            self.fail()
-            raise gone
+        self._check()
         got = torch.empty(sum(of), width, dtype=sent.dtype, device=sent.device)
         splits = self.place.spread(to), self.place.spread(of)
         try:
@@ -189,9 +202,7 @@ class GroupComm:
     def finish(self, work: Any, on_host: bool) -> None:
         """Wait for what was issued: the host where it holds tensors of the host, else the current stream."""
         while not self._ended(work, on_host):
-            if (gone := self._watch.lost()) is not None:
-                self.fail()
-                raise gone
+            self._check()
 
     def _ended(self, work: Any, on_host: bool) -> bool:
         try:
@@ -210,6 +221,11 @@ class GroupComm:
             self.fail()
             raise self._watch.blame(error) from error
         return True
+
+    def _check(self) -> None:
+        if (gone := self._watch.lost()) is not None:
+            self.fail()
+            raise gone
 
     def settle(self, exchange: Exchange) -> None:
         self._waiting.discard(exchange)

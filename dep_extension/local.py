@@ -33,6 +33,8 @@ class Parcel:
 class LocalComm:
     """A Comm among the ranks of one `local_world`."""
 
+    blocks = False
+
     def __init__(self, place: Place, room: Room, dtype: torch.dtype, device: torch.device, poison: bool):
         self.place, self.generation = place, 0
         self._room, self._dtype, self._device, self._poison = room, dtype, device, poison

@@ -7,40 +7,52 @@ rank 0 hosts listens on MASTER_ADDR alone; one that a torchrun agent hosts liste
 
 from __future__ import annotations
 
+import ctypes
 import ipaddress
 import os
 import socket
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from dep_extension.comm import GroupComm, Handle, PeerLost, Place
+from dep_extension.faults import Bounds, Store, Vigil, agree, name_of, read_log
 
 LOOPBACK = "lo0" if os.uname().sysname == "Darwin" else "lo"
 
 
-@dataclass(frozen=True)
-class Bounds:
-    """Seconds. `group`: after which an exchange fails however alive its peers are."""
+class Loss(NamedTuple):
+    """Who is no longer in the world: launch ranks, and their numbers in the expert group as it was before."""
 
-    group: float = 600.0
-    store: float = 60.0
+    ranks: tuple[int, ...]
+    experts: tuple[int, ...]
 
 
 class World:
-    """A Comm over processes. `ranks`: the launch rank of each rank of the union world."""
+    """A Comm over processes, and over what is left of them after a loss: then `place` and `generation` are new.
+
+    `ranks`: the launch rank of each rank of the union world. Losses are named by launch ranks always.
+    """
+
+    blocks = True
 
     def __init__(
-        self, store: dist.Store, place: Place, dtype: torch.dtype, device: torch.device, bounds: Bounds, poison: bool
+        self, store: Store, place: Place, dtype: torch.dtype, device: torch.device, bounds: Bounds, poison: bool
     ):
         self.place, self.generation = place, 0
         self.ranks = tuple(range(place.ag + place.eg))
+        self._me, self._launched = place.rank, place
         self._store, self._dtype, self._device, self._bounds, self._poison = store, dtype, device, bounds, poison
-        self._comm = self._form()
+        self._vigil = Vigil(store.clone(), self._me, self.name, bounds)
+        try:
+            self._comm = self._form()
+        except RuntimeError as error:
+            self._vigil.stop(left=False)
+            raise self._absent(error) from error
 
     def counts(self, sent_EW: Tensor | None, width: int) -> Handle:
         return self._comm.counts(sent_EW, width)
@@ -51,36 +63,102 @@ class World:
     def combine(self, rows_PD: Tensor | None, to: Sequence[int], of: Sequence[int], width: int) -> Handle:
         return self._comm.combine(rows_PD, to, of, width)
 
+    def gather(self, numbers: Sequence[int]) -> list[list[int]]:
+        """What every rank of the union world says, as many numbers each; waits for all of them."""
+        everyone = len(self.ranks)
+        mine = torch.tensor(list(numbers) * everyone, dtype=torch.int64).reshape(everyone, -1)
+        return self._comm.everyone(mine).tolist()
+
+    def name(self, rank: int) -> str:
+        """What a launch rank is called in messages."""
+        return name_of(rank, self._launched.ag, self._launched.eg)
+
     def close(self) -> None:
+        """Leave on good terms: everything that was issued has been waited for."""
         self._comm.close()
+        self._vigil.stop(left=True)
         dist.destroy_process_group()
+
+    def abandon(self) -> None:
+        """Leave because another is lost: without waiting for anything."""
+        self._vigil.stop(left=False)
+        self._end_groups()
+
+    def reform(self) -> Loss:
+        """After PeerLost: agree with the other survivors on who is left, and form the next generation with them.
+
+        Exchanges that were under way are void. Raises PeerLost where an attention rank is lost (its keys and values are
+        gone) or no expert rank is left, Fenced where the others took this one for lost. Bounded: `join` + `form` seconds
+        for each rank that is lost meanwhile.
+        """
+        before, place = self.ranks, self.place
+        while True:
+            self._end_groups()
+            self._regroup()
+            try:
+                self._comm = self._form()
+                break
+            except RuntimeError as error:  # another was lost while the groups were made
+                absent = self._absent(error)
+                if not absent.ranks:
+                    raise absent from error
+        lost = tuple(rank for rank in before if rank not in self.ranks)
+        return Loss(lost, tuple(before.index(rank) - place.ag for rank in lost))
+
+    def _regroup(self) -> None:
+        """The survivors, in their former order, are the ranks of the next generation."""
+        generation, members = self.generation + 1, self.ranks
+        self.ranks = agree(self._store, generation, members, self._me, self._vigil.gone, self._bounds.join)
+        self.generation = generation
+        lost = [rank for rank in members if rank not in self.ranks]
+        ag = sum(rank < self._launched.ag for rank in self.ranks)
+        if ag < self.place.ag or ag == len(self.ranks):
+            whose = "its keys and values are gone" if ag < self.place.ag else "no expert rank is left"
+            raise PeerLost(lost, f"{self._why(lost)}: {whose}")
+        self.place = Place.of(self.ranks.index(self._me), ag, len(self.ranks) - ag)
+
+    def _why(self, lost: Sequence[int]) -> str:
+        known = self._vigil.gone()
+        return "; ".join(f"{self.name(rank)} {known.get(rank, 'did not join the others')}" for rank in lost)
 
     def _form(self) -> GroupComm:
         """Both groups, made by every rank; a first tiny exchange in each, since the first needs all of them."""
         store = dist.PrefixStore(f"generation-{self.generation}", self._store)
         backend = "gloo" if self._device.type == "cpu" else "cpu:gloo,cuda:nccl"
-        limit = timedelta(seconds=self._bounds.group)
+        limit, everyone = timedelta(seconds=self._bounds.form), list(range(len(self.ranks)))
         dist.init_process_group(backend, store=store, rank=self.place.rank, world_size=len(self.ranks), timeout=limit)
-        everyone = list(range(len(self.ranks)))
         groups = dist.new_group(everyone, timeout=limit), dist.new_group(everyone, timeout=limit)
-        comm = GroupComm(self.place, self.generation, groups, _Nobody(), self._dtype, self._device, self._poison)
         for group in groups:
             self._greet(group)
-        return comm
+            group.set_timeout(timedelta(seconds=self._bounds.exchange))
+        self._vigil.follow(self.ranks, self.generation)
+        return GroupComm(self.place, self.generation, groups, self._vigil, self._dtype, self._device, self._poison)
 
     def _greet(self, group: dist.ProcessGroup) -> None:
-        devices = {torch.device("cpu"), self._device}
-        for device in sorted(devices, key=str):
+        for device in sorted({torch.device("cpu"), self._device}, key=str):
             one = torch.zeros(len(self.ranks), dtype=torch.int64, device=device)
             dist.all_to_all_single(torch.empty_like(one), one, group=group)
 
+    def _end_groups(self) -> None:
+        """NCCL's exchanges are aborted. Gloo's are not: the destructor of a group would wait for them until the peer's
+        connection ends, which a stopped peer's does not; so a group that was lost is never destroyed."""
+        if not dist.is_initialized():
+            return
+        for group in list(dist.distributed_c10d._world.pg_map):
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
+            group.abort()
+        dist.destroy_process_group()
 
-class _Nobody:
-    def lost(self) -> PeerLost | None:
-        return None
-
-    def blame(self, error: Exception) -> PeerLost:
-        return PeerLost((), f"an exchange failed - {error}".splitlines()[0])
+    def _absent(self, error: Exception) -> PeerLost:
+        """Whom to name where groups could not be made."""
+        came = read_log(self._store)
+        missing = [rank for rank in self.ranks if rank in came.dead or not self._store.check([f"beat/{rank}"])]
+        missing = missing or [rank for rank in self.ranks if rank in self._vigil.gone()]
+        what = "; ".join(
+            f"{self.name(rank)} {came.dead.get(rank, f'did not come within {self._bounds.form:g} s')}"
+            for rank in missing
+        )
+        return PeerLost(missing, what or f"groups could not be made: {str(error).splitlines()[0]}")
 
 
 def here(ag: int, eg: int, env: Mapping[str, str] = os.environ) -> Place:
@@ -116,7 +194,7 @@ def open_world(
 
 def bind(place: Place, interface: str | None, env: Mapping[str, str]) -> None:
     """Gloo and NCCL talk over this interface only."""
-    alone = env.get("LOCAL_WORLD_SIZE") == env.get("WORLD_SIZE") or _is_loopback(env.get("MASTER_ADDR", ""))
+    alone = env.get("LOCAL_WORLD_SIZE") == env.get("WORLD_SIZE") or is_loopback(env.get("MASTER_ADDR", ""))
     named = interface or env.get("GLOO_SOCKET_IFNAME") or (LOOPBACK if alone else None)
     if named is None:
         raise ValueError(f"ranks meet at {env['MASTER_ADDR']}, over no named interface - name one: --interface eth0")
@@ -125,31 +203,33 @@ def bind(place: Place, interface: str | None, env: Mapping[str, str]) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = named
 
 
-def _is_loopback(address: str) -> bool:
+def is_loopback(address: str) -> bool:
     try:
         return ipaddress.ip_address(socket.gethostbyname(address)).is_loopback
     except OSError:
         return False
 
 
-def join_store(env: Mapping[str, str], bounds: Bounds) -> dist.Store:
+def join_store(env: Mapping[str, str], bounds: Bounds) -> Store:
     """The store of this run: an agent or a launcher hosts it, else rank 0 does."""
     address, port = env.get("MASTER_ADDR"), env.get("MASTER_PORT")
     if not address or not port:
         raise ValueError(
             "MASTER_ADDR and MASTER_PORT are not set - start with torchrun or `python -m dep_extension launch`"
         )
-    limit = timedelta(seconds=bounds.store)
+    limit = timedelta(seconds=bounds.form)
     if env.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and env["RANK"] == "0":
-        store: dist.Store = host_store(address, int(port), bounds.store)
+        store: Store = host_store(address, int(port), bounds.form)
     else:
         store = dist.TCPStore(address, int(port), is_master=False, timeout=limit)
     return dist.PrefixStore(f"dep/{env.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
-def host_store(address: str, port: int, timeout_s: float) -> dist.TCPStore:
-    """A store that listens on this address only; left to itself it would on all. Port 0: any, see its `port`."""
-    listener = listen(address, port)
+def host_store(address: str, port: int, timeout_s: float, listener: socket.socket | None = None) -> dist.TCPStore:
+    """A store that listens on this address only; left to itself it would on all. Port 0: any, see its `port`.
+
+    `listener`: a socket that listens there already."""
+    listener = listener or listen(address, port)
     return dist.TCPStore(
         address,
         listener.getsockname()[1],

@@ -20,8 +20,9 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from dep_extension.comm import Comm, Exchange, Place, Role
+from dep_extension.faults import Bounds
 from dep_extension.local import LocalHandle, local_world, together
-from dep_extension.world import Bounds, host_store, open_world
+from dep_extension.world import host_store, open_world
 
 AG, EG, WIDTH = 2, 2, 3
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.float8_e4m3fn]
@@ -137,7 +138,7 @@ def check_splits_that_differ_are_caught(comm: Comm) -> None:
 
 def check_what_must_fail(rank: int) -> None:
     os.environ["TORCHELASTIC_RESTART_COUNT"] = "99"
-    comm = open_world(Place.of(rank, AG, EG), torch.float32, bounds=Bounds(group=30), poison=True)
+    comm = open_world(Place.of(rank, AG, EG), torch.float32, bounds=Bounds(form=30), poison=True)
     check_a_removed_wait_is_caught(comm._comm, Exchange)
     check_rows_written_under_way_are_caught(comm)
     dist.barrier()
@@ -154,7 +155,7 @@ def everyone(rank: int, port: int, reports: Any) -> None:
     try:
         for dtype in DTYPES:
             os.environ["TORCHELASTIC_RESTART_COUNT"] = str(DTYPES.index(dtype))
-            comm = open_world(Place.of(rank, AG, EG), dtype, bounds=Bounds(group=30), poison=True)
+            comm = open_world(Place.of(rank, AG, EG), dtype, bounds=Bounds(form=30), poison=True)
             for check in CHECKS:
                 check(comm, dtype)
             comm.close()
