@@ -133,7 +133,7 @@ def _opened(
     format = config.format or ("bf16" if config.dtype == "float32" else "int4")
     conversion = Conversion.of(folder, format, config.dtype)
     dtype = compute_dtype(config.dtype, str(conversion.checkpoint.dtype).removeprefix("torch."))
-    _tokenizer(folder)  # refuse before an hour of converting
+    read_tokenizer(folder)  # refuse before an hour of converting
     trunk = trunk_format(config, format, dtype, device.name)
     free, model_config = _free(device), conversion.checkpoint.config
     plan = make_plan(conversion.size, model_config, dtype, config, free, default, trunk, predictor_bytes)
@@ -178,7 +178,7 @@ class Engine:
         self.store, self.plan, self.dtype, self.trunk, self.device = store, plan, dtype, trunk, device
         loaded = load_model(store, read_config(store.folder), plan, dtype, device, trunk, policy)
         self.model, self.runtime, self._watch = loaded
-        self.tokenizer = _tokenizer(store.folder)
+        self.tokenizer = read_tokenizer(store.folder)
         self._turn = threading.Lock()
         self._finalizer = weakref.finalize(self, _release, device, store)
         self._last: Answer | None = None
@@ -506,7 +506,7 @@ def _check_options(options: dict[str, Any]) -> None:
         )
 
 
-def _tokenizer(folder: Path) -> Any:
+def read_tokenizer(folder: Path) -> Any:
     if not any(folder.glob("tokenizer*")):
         return None
     try:

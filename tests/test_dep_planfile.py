@@ -1,0 +1,133 @@
+"""A plan as a file: what was written is read, and nothing that could not be run."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dep_extension.cost import Split
+from dep_extension.planfile import MAX_BYTES, load, read, save, to_json
+from dep_extension.schedule import every_order
+from dep_extension.solver import Plan
+
+ORDER = (("A", 0), ("A", 1), ("S", 0), ("S", 1))
+PLAN = Plan("FinDEP", Split(3, 5), 2, 2, 4, 77, ORDER, 0.5, 0.25, 0.125, 1e4, replicas=2)
+
+
+def test_a_plan_comes_back_as_it_was(tmp_path: Path) -> None:
+    rng = random.Random(1)
+    for _ in range(100):
+        r1 = rng.randint(1, 5)
+        seconds = rng.uniform(1e-6, 100)
+        plan = replace(
+            PLAN, split=Split(rng.randint(1, 99), rng.randint(2, 99)), r1=r1, r2=rng.randint(1, 64),
+            order=tuple(rng.choice(list(every_order(r1)))), makespan_s=seconds, bound_s=seconds * rng.uniform(0.1, 1),
+            exposed_s=seconds * rng.random(), tokens_per_s=rng.uniform(1, 1e9),
+        )  # fmt: skip
+        save(plan, tmp_path / "plan.json", model="a model", machine="a machine")
+        assert load(tmp_path / "plan.json") == plan
+        assert read(tmp_path / "plan.json")[1:] == ("a model", "a machine")
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"], "nothing is left beside it"
+
+
+def test_what_cannot_be_written_as_numbers_is_not(tmp_path: Path) -> None:
+    with pytest.raises(ValueError):
+        save(replace(PLAN, makespan_s=float("nan")), tmp_path / "plan.json", model="m", machine="m")
+    assert not (tmp_path / "plan.json").exists()
+
+
+def changed(**plan: Any) -> Callable[[dict[str, Any]], Any]:
+    return lambda data: data | {"plan": data["plan"] | plan}
+
+
+HARMED: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
+    (lambda data: [], "has 'list', not"),
+    (lambda data: data | {"kind": "duoserve-run"}, "is 'duoserve-run' version 1, not duoserve-dep-plan 1"),
+    (lambda data: data | {"version": 2}, "version 2"),
+    (lambda data: data | {"version": True}, "version True"),
+    (lambda data: data | {"more": 1}, "has .*'more'"),
+    (lambda data: {k: v for k, v in data.items() if k != "model"}, "has .*not"),
+    (lambda data: data | {"model": "two\nlines"}, "model is no short text"),
+    (lambda data: data | {"machine": "x" * 10_000}, "machine is no short text"),
+    (lambda data: data | {"plan": None}, "has 'NoneType'"),
+    (changed(more=1), "has .*'more'"),
+    (changed(split=[3, 0]), "split 0 is no whole number from 1"),
+    (changed(split=[3]), r"split is \[3\], not 2 values"),
+    (changed(split="35"), "split is '35', not 2 values"),
+    (changed(r1=0), "r1 0 is no whole number"),
+    (changed(r1=3), "order is .* not 6 values"),
+    (changed(r1=True), "r1 True is no whole number"),
+    (changed(r2=1.0), "r2 1.0 is no whole number"),
+    (changed(r2=10**9), "r2 1000000000 is no whole number from 1 to 4,096"),
+    (changed(tokens=-1), "tokens -1"),
+    (changed(samples="2"), "samples '2'"),
+    (changed(samples=10**4000), "samples .* is no whole number"),
+    (changed(replicas=6), "replicas 6 is no whole number from 1 to 5"),
+    (changed(makespan_s=1e300), "makespan_s 1e.300 is not between"),
+    (changed(makespan_s=None), "makespan_s None is not between"),
+    (changed(bound_s=0.6), "bound_s 0.6 is not between 0 and makespan_s 0.5"),
+    (changed(bound_s=0), "bound_s 0 is not between 0 and makespan_s 0.5"),
+    (changed(exposed_s=0.6), "exposed_s 0.6 is more than makespan_s 0.5"),
+    (changed(tokens_per_s=-1), "tokens_per_s -1 is not between"),
+    (changed(order=[["A", 0], ["A", 1], ["S", 0], ["S", 0]]), "4 turns are not"),
+    (changed(order=[["S", 0], ["A", 0], ["A", 1], ["S", 1]]), "come before its attention"),
+    (changed(order=[["A", 0], ["A", 1], ["S", 0], ["S", 2]]), "micro-batch 2 is no whole number from 0 to 1"),
+    (changed(order=[["A", 0], ["A", 1], ["S", 0], ["X", 1]]), "a turn is 'X', not A or S"),
+    (changed(order=[["A", 0], ["A", 1], ["S", 0], [["S"], 1]]), "a turn is "),
+    (changed(order={"A": 0}), "order is "),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("harm", "says"), HARMED, ids=[says for _, says in HARMED])
+def test_a_harmed_plan_is_refused_in_one_line(tmp_path: Path, harm: Callable[[dict[str, Any]], Any], says: str) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(harm(to_json(PLAN, "m", "m"))))
+    refused(path, says)
+
+
+RAW: list[tuple[str | bytes, str]] = [
+    ("", "Expecting value"),
+    ("{", "Expecting"),
+    (b"\xff\xfe\x00", "decode"),
+    ("[" * 100_000, "recursion|nested|Recursion"),
+    ('{"kind": 1, "kind": 2}', "2 names, 1 of them different"),
+    ('{"plan": NaN}', "NaN is no number"),
+    ('{"plan": -Infinity}', "-Infinity is no number"),
+    ('{"a": 1' + "0" * 5000 + "}", "limit|digits"),
+    (" " * (MAX_BYTES + 1), "more than the 1,048,576 bytes"),
+]
+
+
+@pytest.mark.parametrize(("raw", "says"), RAW, ids=[says for _, says in RAW])
+def test_what_is_no_plan_at_all_is_refused_in_one_line(tmp_path: Path, raw: str | bytes, says: str) -> None:
+    path = tmp_path / "plan.json"
+    path.write_bytes(raw if isinstance(raw, bytes) else raw.encode())
+    refused(path, says)
+
+
+def test_an_infinite_second_that_json_can_write_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(to_json(PLAN, "m", "m")).replace("0.5", "1e999"))
+    refused(path, "makespan_s inf is not between")
+
+
+def test_no_file_a_folder_and_a_pipe_are_refused_at_once(tmp_path: Path) -> None:
+    refused(tmp_path / "none.json", "there is no such file")
+    refused(tmp_path, "a folder|no plain file")
+    os.mkfifo(tmp_path / "pipe")
+    refused(tmp_path / "pipe", "no plain file")
+
+
+def refused(path: Path, says: str) -> None:
+    with pytest.raises(ValueError, match=says) as raised:
+        load(path)
+    line = str(raised.value)
+    assert len(line.splitlines()) == 1 and len(line) < 500 and str(path) in line
+    assert line.endswith("make one with `duoserve dep plan --save FILE`")
