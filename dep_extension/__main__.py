@@ -16,7 +16,7 @@ import typer
 from duoserve.config import EngineConfig
 from duoserve.core import Refusal
 
-INTERRUPTED = 130  # exit status
+INTERRUPTED, LEFT = 130, 8  # exit status
 app = typer.Typer(
     name="dep_extension",
     help="Run a model with attention on some ranks and experts on others.",
@@ -153,18 +153,20 @@ def _guarded(run: Callable[[], Any]) -> int:
         return int(run() or 0)
     except Refusal as refusal:
         return _say(str(refusal), refusal.status)
-    except ValueError as error:
-        return _say(f"E_DEP: {error}", 2)
+    except ValueError as error:  # of what knows no refusals: worlds, plans
+        return _say(f"E_OPTION: {error}", 2)
     except (KeyboardInterrupt, typer.Abort):
         return _say("interrupted", INTERRUPTED)
     except Exception as error:
+        if type(error).__name__ in ("PeerLost", "Fenced"):  # torch is imported only where it is needed
+            return _say(f"E_LOST: {error}; start it again", LEFT)
         if hasattr(error, "format_message"):  # typer's own, of a command line that cannot be read
             return _say(f"E_USAGE: {' '.join(error.format_message().split())} Try --help.", 2)
         raise
 
 
 def _say(line: str, status: int) -> int:
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    if os.environ.get("LOCAL_RANK", "0") == "0" or status == LEFT:
         print(f"error: {line}", file=sys.stderr, flush=True)
     return status
 

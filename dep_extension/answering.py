@@ -166,7 +166,7 @@ class _Clock(transformers.StoppingCriteria):
 
 
 def gathered(mine: dict[str, Any]) -> list[dict[str, Any]]:
-    """What every rank says, in order of ranks; JSON, since objects would be pickled. Called by all ranks at the same place."""
+    """What every rank says, in order of ranks; JSON, since objects would be pickled. All ranks call it at one place."""
     text = torch.frombuffer(bytearray(json.dumps(mine).encode()), dtype=torch.uint8)
     lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
     dist.all_gather(lengths, torch.tensor([len(text)]))

@@ -142,6 +142,11 @@ class AttentionSide:
         for layer, spec in enumerate(specs):
             self.hub.shared.wrap(self.model, spec.name, layer)
 
+    def follow(self, course: Course) -> None:
+        """Send by another course from now on, of as many micro-batches; what is not wholly back is sent again."""
+        self.course = course
+        self.hub.share_out(course.shares_L, course.itinerary.r2)
+
     def run(self, comm: Comm, works: Sequence[Callable[[], Any]], note: Note | None = None) -> list[Any]:
         """Walk until every micro-batch of every rank has ended; what this rank's returned. Without work of its own for a
         micro-batch of the plan, it sends nothing for it."""
@@ -169,18 +174,22 @@ class ExpertSide:
     """An expert rank: its share of the store, and slots for it."""
 
     def __init__(self, opened: Opened, device: Device, place: Place, course: Course, peers: int = 1):
-        self.opened, self.device, self.course = opened, device, course
+        self.opened, self.device, self._peers = opened, device, peers
         config = read_config(opened.store.folder)
         _, specs = stock_model(opened.store, config, opened.dtype)
         _refuse_norms(specs)
-        share = Share(opened.store, course.held(place.index))
-        free = default_budget(device.name, device.free_bytes()) // peers
-        scratch_bytes = Sizes(config, opened.dtype, opened.trunk).scratch_bytes
-        self.slots = expert_slots(share, opened.config, scratch_bytes, free)
-        scratch = Scratch(device.arena(scratch_bytes))
-        self.rank = ExpertRank(
-            device, share, self.slots, [spec.module for spec in specs], Policy(opened.config.policy), None, scratch
-        )
+        self._modules = [spec.module for spec in specs]
+        self._scratch = Scratch(device.arena(Sizes(config, opened.dtype, opened.trunk).scratch_bytes))
+        self.follow(course, place)
+
+    def follow(self, course: Course, place: Place) -> None:
+        """Hold what this course gives to this place, from now on. Slots are taken anew and filled as rows come."""
+        self.course, config = course, self.opened.config
+        share = Share(self.opened.store, course.held(place.index))
+        free = default_budget(self.device.name, self.device.free_bytes()) // self._peers
+        self.slots = expert_slots(share, config, self._scratch.n_bytes, free)
+        policy = Policy(config.policy)
+        self.rank = ExpertRank(self.device, share, self.slots, self._modules, policy, None, self._scratch)
 
     def walk(self, comm: Comm, start: Position = START, note: Note | None = None, worker: Worker | None = None) -> None:
         """Serve until every micro-batch of every attention rank has ended. `worker`: where experts compute; without one on a

@@ -1,5 +1,5 @@
-"""From a command's options to a run: the plan, the world, this process's side of it, and what rank 0 hands back. Knows how the
-parts come together; knows nothing of command lines.
+"""From a command's options to a run: the plan, the world, this process's side of it, and what rank 0 hands back. Knows
+how the parts come together; knows nothing of command lines.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import torch
 
 from dep_extension import planfile
 from dep_extension.answering import Answer, Asked, Reader, deal, figures, gathered, report, works
-from dep_extension.comm import Comm, Place, Role
+from dep_extension.comm import PeerLost, Place, Role
 from dep_extension.executor import AttentionSide, Course, ExpertSide, Opened, open_store
 from dep_extension.schedule import Order, Turn
 from dep_extension.spans import Load, Span, Spans, times
 from dep_extension.walk import Itinerary
-from dep_extension.world import here, open_world
+from dep_extension.world import World, here, open_world
 from duoserve.config import EngineConfig
 from duoserve.core import Refusal, nearest
 from duoserve.device import Device, open_device
@@ -101,7 +101,7 @@ class Ranks(NamedTuple):
     opened: Opened
     settled: Settled
     place: Place
-    comm: Comm
+    comm: World
     side: AttentionSide | ExpertSide
 
 
@@ -130,7 +130,7 @@ def ranks(
     place = here(settled.ag, settled.eg)
     use_threads(config.threads)
     opened = open_store(model, config)
-    device = _device(config)
+    device, comm = _device(config), None
     try:
         course = settled.course(opened)
         comm = open_world(place, opened.dtype, device.torch_device, interface)
@@ -143,6 +143,10 @@ def ranks(
                 side = ExpertSide(opened, device, place, course, peers)
         yield Ranks(opened, settled, place, comm, side)
         comm.close()
+    except PeerLost:
+        if comm is not None:
+            comm.abandon()
+        raise
     finally:
         device.close()
         opened.store.close()

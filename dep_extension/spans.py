@@ -1,8 +1,9 @@
-"""How long a disaggregated run took, and how much of it nobody computed. Knows spans of work by rank; knows nothing of models.
+"""How long a disaggregated run took, and how much of it nobody computed. Knows spans of work by rank; knows nothing of
+models.
 
-attention rank 0   [ attention 0 ][ shared ][ attention 1 ]              [ attention 0 ]
-expert rank 0                        [ experts 0 ]    [ experts 1 ]
-exposed                                                            ^^^^^  rows travel, or somebody is being scheduled
+    attention rank 0   [ attention 0 ][ shared ][ attention 1 ]              [ attention 0 ]
+    expert rank 0                        [ experts 0 ]    [ experts 1 ]
+    exposed                                                            ^^^^^^  rows travel, or a thread waits for its core
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Ranks of a disaggregated run for tests: as processes over Gloo, or as greenlets of one thread. Each rank runs many plans."""
+"""Ranks of a disaggregated run for tests: processes over Gloo, or greenlets of one thread. Each rank runs many plans."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Outcome(NamedTuple):
 
 
 def prompts(plan: Plan, rank: int) -> list[torch.Tensor]:
-    """Of attention rank `rank`, (B, S) for each of its micro-batches: other sizes for each, and the last rank has one less."""
+    """Of attention rank `rank`, (B, S) for each of its micro-batches: all of other sizes; the last rank has one less."""
     many = plan.r1 - (rank == plan.ag - 1 and plan.ag * plan.r1 > 1)
     return [toys.ids(1 + (i + rank) % 3, 1 + (5 * i + 7 * rank + 3) % 13, seed=100 * rank + i) for i in range(many)]
 
