@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 
 from dep_extension.comm import Place, Role
 from dep_extension.executor import AttentionSide, Course, ExpertSide, open_store
+from dep_extension.faults import Bounds
 from dep_extension.local import local_world, together
 from dep_extension.schedule import Order
 from dep_extension.walk import Inline, Itinerary
-from dep_extension.faults import Bounds
 from dep_extension.world import host_store, open_world
 from duoserve.config import EngineConfig
 from duoserve.device import open_device
