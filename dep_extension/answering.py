@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 import transformers
 
 from dep_extension.executor import AttentionSide, ExpertSide, Opened
+from dep_extension.world import World
 from duoserve.core import Refusal
 from duoserve.engine import read_tokenizer
 
@@ -165,16 +165,9 @@ class _Clock(transformers.StoppingCriteria):
         return (n - 1) / (self.times[n] - self.times[1]) if n > 1 else None
 
 
-def gathered(mine: dict[str, Any]) -> list[dict[str, Any]]:
+def gathered(world: World, mine: dict[str, Any]) -> list[dict[str, Any]]:
     """What every rank says, in order of ranks; JSON, since objects would be pickled. All ranks call it at one place."""
-    text = torch.frombuffer(bytearray(json.dumps(mine).encode()), dtype=torch.uint8)
-    lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
-    dist.all_gather(lengths, torch.tensor([len(text)]))
-    longest = max(int(n) for n in lengths)
-    room = [torch.zeros(longest, dtype=torch.uint8) for _ in lengths]
-    dist.all_gather(room, torch.cat([text, torch.zeros(longest - len(text), dtype=torch.uint8)]))
-    said = [bytes(one[: int(n)].tolist()) for one, n in zip(room, lengths, strict=True)]
-    return [json.loads(one) for one in said]
+    return [json.loads(one) for one in world.tell(json.dumps(mine))]
 
 
 def report(side: AttentionSide | ExpertSide) -> dict[str, Any]:

@@ -158,15 +158,21 @@ class AttentionSide:
         self.course = course
         self.hub.share_out(course.shares_L, course.itinerary.r2)
 
-    def run(self, comm: Comm, works: Sequence[Callable[[], Any]], note: Note | None = None) -> list[Any]:
+    def run(
+        self,
+        comm: Comm,
+        works: Sequence[Callable[[], Any]],
+        note: Note | None = None,
+        walk: Callable[[], None] | None = None,
+    ) -> list[Any]:
         """Walk until every micro-batch of every rank has ended; what this rank's returned. Without work of its own for a
-        micro-batch of the plan, it sends nothing for it."""
+        micro-batch of the plan, it sends nothing for it. `walk`: instead of one that ends where a rank is lost."""
         r1 = self.course.itinerary.r1
         assert len(works) <= r1, f"{len(works)} micro-batches, the plan has {r1}"
         self.hub.batches.clear()
         for work in [*works, *[_nothing] * (r1 - len(works))]:
             self.hub.add(work)
-        self.walk(comm, START, note)
+        self.walk(comm, START, note) if walk is None else walk()
         return [batch.result for batch in self.hub.batches[: len(works)]]
 
     def walk(self, comm: Comm, start: Position, note: Note | None = None) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import math
 import os
 import selectors
 import signal
@@ -33,6 +34,7 @@ from dep_extension.faults import LEFT, Bounds, Store, name_of, note, read_log
 from dep_extension.world import host_store, is_loopback, listen
 
 BOUNDS = Bounds()
+ENDING = 60.0  # seconds that an interpreter may take to end
 LOOK = 0.02  # seconds between two looks at the ranks
 DIES_WITH_PARENT = 1  # prctl's PR_SET_PDEATHSIG
 
@@ -133,6 +135,7 @@ def _environment(job: Job, number: int, port: int) -> dict[str, str]:
     }
     if job.threads is not None:
         env["OMP_NUM_THREADS"] = str(job.threads)
+    env["DEP_STALL"] = str(job.bounds.stall)
     if job.interface is not None:
         env["GLOO_SOCKET_IFNAME"] = job.interface
     return env
@@ -153,8 +156,7 @@ def _dies_with(parent: int) -> Callable[[], None]:
 
 def _wait(ranks: Sequence[Rank], job: Job, store: Store) -> None:
     """Until all have ended, or until the run is over and those who still run had time to say so."""
-    grace = job.bounds.stall + 10 * job.bounds.beat + 2
-    looked = over = 0.0
+    looked, over = 0.0, math.inf  # when the run was last looked at; when those who still run are ended
     with selectors.DefaultSelector() as pipes:
         for rank in ranks:
             for pipe in filter(None, (rank.process.stdout, rank.process.stderr)):
@@ -166,8 +168,8 @@ def _wait(ranks: Sequence[Rank], job: Job, store: Store) -> None:
                 _tell(rank, job, store)
                 looked = 0.0
             if (now := time.monotonic()) - looked > job.bounds.beat:
-                looked, over = now, over or now * _is_over(job, store)
-            if over and now > over + grace:
+                looked, over = now, min(over, now + _patience(ranks, job, store))
+            if now > over:
                 return
         _forward(pipes)
 
@@ -190,14 +192,20 @@ def _tell(rank: Rank, job: Job, store: Store) -> None:
             note(store, f"left {rank.number}")
 
 
-def _is_over(job: Job, store: Store) -> bool:
-    """Every attention rank has ended, or one of them badly: whoever still runs is of no more use."""
+def _patience(ranks: Sequence[Rank], job: Job, store: Store) -> float:
+    """Seconds for those who still run, of no more use once every attention rank has left, or one of them is lost. Who has
+    left too is about to end; others had better notice."""
+    notice = job.bounds.stall + 10 * job.bounds.beat + 2
     try:
         log = read_log(store)
     except RuntimeError:
-        return True
+        return notice
     attention = set(range(job.ag))
-    return attention <= log.left or bool(attention & (log.dead.keys() | log.over))
+    if attention & (log.dead.keys() | log.over):
+        return notice
+    if not attention <= log.left:
+        return math.inf
+    return ENDING if all(rank.number in log.left for rank in ranks if rank.status is None) else notice
 
 
 def _forward(pipes: selectors.BaseSelector) -> None:
@@ -268,7 +276,8 @@ def launch(argv: Sequence[str]) -> int:
     address, port = _meeting(options.rendezvous, options.interface)
     ranks = _some(options.ranks, ag + eg)
     program = (sys.executable, "-m", "dep_extension", command[0], *sizes, *command[1:])
-    return supervise(Job(program, ag, eg, ranks, address, port, options.threads, options.interface))
+    bounds = Bounds(stall=options.stall)
+    return supervise(Job(program, ag, eg, ranks, address, port, options.threads, options.interface, bounds))
 
 
 def _split(argv: Sequence[str]) -> tuple[list[str], str, list[str]]:
@@ -283,6 +292,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, help="of each rank's arithmetic")
     parser.add_argument("--ranks", help="the ranks to start here, like 0-1; all by default")
     parser.add_argument("--rendezvous", default="127.0.0.1:0", help="HOST:PORT; the launcher of rank 0 listens there")
+    parser.add_argument(
+        "--stall", type=float, default=BOUNDS.stall, help="seconds of silence after which a rank is lost"
+    )
     parser.add_argument("--interface", help="the network that ranks talk over, like eth0; loopback by default")
     return parser
 

@@ -18,6 +18,7 @@ from dep_extension import planfile
 from dep_extension.answering import Answer, Asked, Reader, deal, figures, gathered, report, works
 from dep_extension.comm import PeerLost, Place, Role
 from dep_extension.executor import AttentionSide, Course, ExpertSide, Opened, open_store
+from dep_extension.recovery import attend, serve
 from dep_extension.schedule import Order, Turn
 from dep_extension.spans import Load, Span, Spans, times
 from dep_extension.walk import Itinerary
@@ -106,7 +107,7 @@ class Ranks(NamedTuple):
 
 
 @contextmanager
-def agreed() -> Iterator[None]:
+def agreed(world: World) -> Iterator[None]:
     """What one rank refuses in here all refuse, in the words of the first; all come here at the same place."""
     refusal = None
     try:
@@ -114,7 +115,7 @@ def agreed() -> Iterator[None]:
     except Refusal as why:
         refusal = why
     mine = {"why": None} if refusal is None else {"why": str(refusal), "status": refusal.status}
-    for one in gathered(mine):
+    for one in gathered(world, mine):
         if one["why"] is not None:
             code, _, rest = one["why"].partition(": ")
             what, _, remedy = rest.rpartition("; ")
@@ -136,7 +137,7 @@ def ranks(
         comm = open_world(place, opened.dtype, device.torch_device, interface)
         peers = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         side: AttentionSide | ExpertSide
-        with agreed():
+        with agreed(comm):
             if place.role is Role.ATTENTION:
                 side = AttentionSide(opened, device, place, course, sequences(place, settled.r1), peers)
             else:
@@ -165,16 +166,18 @@ def answer(
     many = len(asked.prompts)
     with ranks(model, config, cut, interface, lambda place, r1: -(-many // place.ag)) as mine:
         todo = []
-        with agreed():
+        with agreed(mine.comm):
             if isinstance(mine.side, AttentionSide):
                 dealt = deal(many, mine.place.ag, mine.settled.r1)[mine.place.index]
                 todo = works(mine.side, Reader(mine.opened), asked, dealt)
         made: list[Answer] = []
         if isinstance(mine.side, AttentionSide):
-            made = [one for batch in mine.side.run(mine.comm, todo) for one in batch]
+            batches, outages = attend(mine.side, mine.comm, todo)
+            made = [one for batch in batches for one in batch]
         else:
-            mine.side.walk(mine.comm)
-        everybody = gathered(report(mine.side) | {"answers": [list(one) for one in made]})
+            outages = serve(mine.side, mine.comm)
+        losses = [one._asdict() for one in outages]
+        everybody = gathered(mine.comm, report(mine.side) | {"losses": losses, "answers": [list(one) for one in made]})
         if mine.place.rank != 0:
             return None
         answers = sorted(Answer(*one) for rank in everybody for one in rank.pop("answers"))
@@ -193,10 +196,10 @@ def time_it(
                 mine.side.run(mine.comm, _random(mine.side, load, mine), spans)
             else:
                 mine.side.walk(mine.comm, note=spans)
-            everybody = gathered({"spans": [list(span) for span in spans.found]})
+            everybody = gathered(mine.comm, {"spans": [list(span) for span in spans.found]})
             if trial:
                 runs.append(times([[Span(*span) for span in rank["spans"]] for rank in everybody]))
-        reports = gathered(report(mine.side))
+        reports = gathered(mine.comm, report(mine.side))
         if mine.place.rank != 0:
             return None
         seconds = statistics.median(run.seconds for run in runs)

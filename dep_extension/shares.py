@@ -84,7 +84,8 @@ class Beside:
         return _Later(self._pool.submit(fn))
 
     def close(self) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        """What runs ends first: a walk that is taken up must not meet it."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
 
 
 class _Later:

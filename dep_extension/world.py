@@ -69,6 +69,15 @@ class World:
         mine = torch.tensor(list(numbers) * everyone, dtype=torch.int64).reshape(everyone, -1)
         return self._comm.everyone(mine).tolist()
 
+    def tell(self, text: str) -> list[str]:
+        """What every rank says, in words; waits for all of them."""
+        said = text.encode()
+        lengths = [n for (n,) in self.gather([len(said)])]
+        room = -(-max(1, *lengths) // 8) * 8
+        numbers = torch.frombuffer(bytearray(said.ljust(room, b"\0")), dtype=torch.int64).tolist()
+        heard = torch.tensor(self.gather(numbers)).view(torch.uint8)
+        return [bytes(one[:n].tolist()).decode() for one, n in zip(heard, lengths, strict=True)]
+
     def name(self, rank: int) -> str:
         """What a launch rank is called in messages."""
         return name_of(rank, self._launched.ag, self._launched.eg)
@@ -183,10 +192,10 @@ def open_world(
 ) -> World:
     """Join the world that the environment names; returns when all ranks are there.
 
-    `poison` None: as DEP_POISON says. Raises ValueError of one line for an environment that cannot be, PeerLost where
-    somebody does not come.
+    `poison` None: as DEP_POISON says; `bounds` None: as usual, `stall` as DEP_STALL says. Raises ValueError of one
+    line for an environment that cannot be, PeerLost where somebody does not come.
     """
-    bounds = bounds or Bounds()
+    bounds = bounds or Bounds(stall=float(env.get("DEP_STALL", Bounds.stall)))
     bind(place, interface, env)
     poison = env.get("DEP_POISON", "") not in ("", "0") if poison is None else poison
     return World(join_store(env, bounds), place, dtype, torch.device(device), bounds, poison)

@@ -17,10 +17,11 @@ from safetensors.torch import load_file, save_file
 
 from dep_extension.comm import Place, Role
 from dep_extension.executor import AttentionSide, Course, ExpertSide, open_store
+from dep_extension.faults import Bounds
 from dep_extension.local import local_world, together
 from dep_extension.schedule import Order
 from dep_extension.walk import Inline, Itinerary
-from dep_extension.world import Bounds, host_store, open_world
+from dep_extension.world import host_store, open_world
 from duoserve.config import EngineConfig
 from duoserve.device import open_device
 
@@ -164,7 +165,7 @@ def _run(plan: Plan, k: int, place: Place, env: dict[str, str], folder: Path) ->
     device = open_device("cpu")
     try:
         _, serve = side_of(plan, place, device)
-        world = open_world(place, torch.float32, bounds=Bounds(group=60), poison=True, env=env)
+        world = open_world(place, torch.float32, bounds=Bounds(form=60), poison=True, env=env)
         found = serve(world)
         world.close()
     finally:
