@@ -1,12 +1,13 @@
 """Does a plan hold? The walk and the exchange are real, between processes over Gloo; compute is sleep of the seconds that
 the solver plans with. Prints what the solver says and what was measured, for naive DEP, PPPipe and FinDEP, as one JSON line.
 
-    python -m benchmarks.dep_emulated [--ag 2 --eg 2 --layers 8 --runs 7]
+    python -m benchmarks.dep_emulated [--ag 2 --eg 2 --layers 5 --runs 7 --exchange 0.015 --link slow]
 
-The exchange is measured first, by the same Comm: a line over elements, and the exchange of counts. Compute is then made as
-slow beside the link as asked (--attention and --expert: in units of an exchange of half the batch; the shared expert
-follows), so that what is tested is the schedule, not this machine. Where both directions and all processes share few cores,
-exchanges take longer beside each other than alone: the shorter they are beside compute, the less that matters.
+The exchange is measured first, by the same Comm: a line over elements, and the exchange of counts. Half the batch is as many
+rows as take --exchange seconds, and compute is --attention and --expert times as long (the shared expert follows), so that
+what is tested is the schedule, not this machine. Where both directions and all processes share few cores, exchanges take
+longer beside each other than alone. `--link slow` is a link that does not: rows still travel, few of them, and each exchange
+ends no earlier than its line says, one at a time in each direction, from when the last sender began it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import queue
 import statistics
 import sys
 import time
@@ -30,14 +32,13 @@ from dep_extension.schedule import Work
 from dep_extension.shares import Beside
 from dep_extension.solver import Cut, Plan, Problem, findep, naive, pppipe, work_of
 from dep_extension.walk import AttentionWalk, ExpertWalk, Itinerary, Position, Sent
-from dep_extension.world import Bounds, host_store, open_world
+from dep_extension.world import host_store, open_world
 
 SPIN_S = 0.0008  # a sleep wakes late by less than this
 SIZES = (0, 1 / 8, 1 / 4, 1 / 2, 1)  # of the rows of a whole micro-batch, at which the exchange is measured
 TIMES = 25
 WIDTH, EXPERTS, CHOICES = 2048, 16, 8
 HEADS, HEAD = 4, 128
-SLOW_S = 0.008  # an exchange of a whole micro-batch should take about so long, so that waking late does not count
 
 
 class Case(NamedTuple):
@@ -50,6 +51,9 @@ class Case(NamedTuple):
     max_r1: int
     attention: float
     expert: float
+    max_r2: int
+    exchange: float
+    link: str = "real"
 
 
 def sleep(seconds: float) -> None:
@@ -94,7 +98,62 @@ def measure_counts(comm: Comm) -> float:
 
 def fit(points: Sequence[tuple[float, float]]) -> Line:
     slope, start = np.polyfit([x for x, _ in points], [y for _, y in points], 1)
+    if slope <= 0:
+        taken = ", ".join(f"{y * 1e3:.2f}" for _, y in points)
+        raise RuntimeError(f"exchanges of more rows take no longer ({taken} ms): the machine is busy, try again")
     return Line(max(0.0, float(start)), float(slope))
+
+
+class SlowLink:
+    """A Comm whose exchanges of rows take as long as `line` says. What a sender began when travels in its first row."""
+
+    def __init__(self, comm: Comm, line: Line):
+        self._comm, self._line = comm, line
+        self.place, self.generation = comm.place, comm.generation
+        self._free = {"A2E": 0.0, "E2A": 0.0}  # when each direction is, as this rank sees it
+
+    def counts(self, sent_EW: torch.Tensor | None, width: int) -> Any:
+        return self._comm.counts(sent_EW, width)
+
+    def dispatch(self, rows_PD: torch.Tensor | None, to: Sequence[int], of: Sequence[int], width: int) -> Any:
+        return _Slow(self, "A2E", self._comm.dispatch(_stamped(rows_PD, to), to, of, width), of)
+
+    def combine(self, rows_PD: torch.Tensor | None, to: Sequence[int], of: Sequence[int], width: int) -> Any:
+        return _Slow(self, "E2A", self._comm.combine(_stamped(rows_PD, to), to, of, width), of)
+
+    def close(self) -> None:
+        self._comm.close()
+
+    def until(self, way: str, began: float, elements: int) -> float:
+        self._free[way] = max(self._free[way], began) + self._line(elements)
+        return self._free[way]
+
+
+class _Slow:
+    def __init__(self, link: SlowLink, way: str, inner: Any, of: Sequence[int]):
+        self._link, self._way, self._inner, self._of = link, way, inner, of
+
+    def wait(self) -> torch.Tensor:
+        rows_PD: torch.Tensor = self._inner.wait()
+        firsts = [sum(self._of[:peer]) for peer, many in enumerate(self._of) if many]
+        if firsts and rows_PD.shape[1] == WIDTH:
+            began = max(float(rows_PD[first, :2].view(torch.float64)) for first in firsts)
+            share = (
+                self._link.place.ag / self._link.place.eg if self._way == "E2A" else 1.0
+            )  # of an expert rank's elements
+            sleep(self._link.until(self._way, began, round(rows_PD.numel() * share)) - time.perf_counter())
+        return rows_PD
+
+
+def _stamped(rows_PD: torch.Tensor | None, to: Sequence[int]) -> torch.Tensor | None:
+    if rows_PD is None or rows_PD.shape[1] != WIDTH:
+        return rows_PD
+    stamped = rows_PD.clone()
+    now = torch.tensor([time.perf_counter()], dtype=torch.float64).view(torch.float32)
+    for peer, many in enumerate(to):
+        if many:
+            stamped[sum(to[:peer]), :2] = now
+    return stamped
 
 
 # The walk, asleep
@@ -173,7 +232,7 @@ def solve(case: Case, link: Line, count_s: float, length: int) -> tuple[Problem,
     rest = max(0.0, case.attention * unit - projections)
     attention = Line(0.0, rest / (HEADS * half * length**2 * 2 * HEAD))
     machine = Machine("emulated", case.ag + case.eg, 1e15, gemm, attention, {split: link}, count_s)
-    problem = Problem(model, machine, length, case.samples, max_r1=case.max_r1, max_r2=8)
+    problem = Problem(model, machine, length, case.samples, max_r1=case.max_r1, max_r2=case.max_r2)
     plans = [solver(problem, split) for solver in (naive, pppipe, findep)]
     return problem, [plan for plan in plans if plan is not None]
 
@@ -183,12 +242,13 @@ def rank(number: int, port: int, case: Case, runs: int, out: Any) -> None:
     env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     place = Place.of(number, case.ag, case.eg)
     env |= {"RANK": str(number), "WORLD_SIZE": str(case.ag + case.eg), "LOCAL_WORLD_SIZE": str(case.ag + case.eg)}
-    comm = open_world(place, torch.float32, bounds=Bounds(group=120), poison=False, env=env)
-    link, count_s, length = _calibrated(comm, case)
+    comm = open_world(place, torch.float32, poison=False, env=env)
+    link, count_s, length = _slow(comm, case) if case.link == "slow" else _calibrated(comm, case)
     problem, plans = solve(case, link, count_s, length)
+    way: Any = SlowLink(comm, link) if case.link == "slow" else comm
     for run in range(runs + 1):
         for plan in plans:
-            began, ended = walk(comm, problem, plan)
+            began, ended = walk(way, problem, plan)
             if run:
                 out.put((plan.name, run, place.role.value, began, ended))
     if number == 0:
@@ -201,17 +261,34 @@ def _calibrated(comm: Comm, case: Case) -> tuple[Line, float, int]:
     half = case.samples // case.ag // 2
     seconds = _slowest(measure(comm, 256 * case.ag))
     per_row = seconds / (256 * case.ag)
-    wanted = SLOW_S / per_row  # rows of an expert rank
+    wanted = case.exchange / per_row  # rows of an expert rank
     length = max(16, round(wanted * case.eg / (half * case.ag * CHOICES) / 16) * 16)
     whole = half * case.ag * CHOICES * length // case.eg
     points = [(n * WIDTH, _slowest(measure(comm, n))) for n in (int(whole * size) for size in SIZES)]
     return fit(points), _slowest(measure_counts(comm)), length
 
 
+def _slow(comm: Comm, case: Case) -> tuple[Line, float, int]:
+    """A link of which half the batch takes so long as asked and half a millisecond, whatever it really takes."""
+    half, length = case.samples // case.ag // 2, 16
+    elements = half * case.ag * CHOICES * length // case.eg * WIDTH
+    return Line(0.0005, case.exchange / elements), _slowest(measure_counts(comm)), length
+
+
 def _slowest(seconds: float) -> float:
     found = torch.tensor([seconds], dtype=torch.float64)
     torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
     return float(found)
+
+
+def _said(out: Any, processes: Sequence[Any]) -> Any:
+    while True:
+        try:
+            return out.get(timeout=2)
+        except queue.Empty:
+            failed = [n for n, process in enumerate(processes) if process.exitcode]
+            if failed:
+                raise RuntimeError(f"ranks {failed} of {len(processes)} failed, see above") from None
 
 
 def measured(case: Case, runs: int) -> dict[str, Any]:
@@ -223,17 +300,17 @@ def measured(case: Case, runs: int) -> dict[str, Any]:
     for process in processes:
         process.start()
     try:
-        said = [out.get(timeout=600) for _ in range(1 + 3 * runs * many)]
+        said = [_said(out, processes) for _ in range(1 + 3 * runs * many)]
         for process in processes:
             process.join(60)
     finally:
         for process in processes:
             process.kill()
     problem, plans = next(one for one in said if len(one) == 2)
-    return summary(problem, plans, [one for one in said if len(one) == 5])
+    return summary(problem, plans, [one for one in said if len(one) == 5], case.link)
 
 
-def summary(problem: Problem, plans: Sequence[Plan], said: Sequence[Any]) -> dict[str, Any]:
+def summary(problem: Problem, plans: Sequence[Plan], said: Sequence[Any], kind: str) -> dict[str, Any]:
     """Makespans: from the first attention rank's beginning to the last one's end; medians."""
     rows = []
     for plan in plans:
@@ -266,6 +343,7 @@ def summary(problem: Problem, plans: Sequence[Plan], said: Sequence[Any]) -> dic
         "layers": problem.model.layers,
         "samples": problem.samples,
         "length": problem.length,
+        "link_kind": kind,
         "link": list(machine.link(split)),
         "count_s": machine.count_s,
         "cores": os.cpu_count(),
@@ -276,11 +354,13 @@ def summary(problem: Problem, plans: Sequence[Plan], said: Sequence[Any]) -> dic
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Plans against walks with emulated compute.")
     numbers: list[tuple[str, Callable[[str], Any], Any]] = [
-        ("ag", int, 2), ("eg", int, 2), ("layers", int, 8), ("samples", int, 4), ("max_r1", int, 2),
+        ("ag", int, 2), ("eg", int, 2), ("layers", int, 5), ("samples", int, 4), ("max_r1", int, 2),
+        ("max_r2", int, 4), ("exchange", float, 0.015),
         ("attention", float, 4.0), ("expert", float, 4.0), ("runs", int, 7),
     ]  # fmt: skip
     for name, kind, default in numbers:
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default)
+    parser.add_argument("--link", choices=("real", "slow"), default="real")
     options = vars(parser.parse_args(argv))
     runs = options.pop("runs")
     found = measured(Case(**options), runs)
