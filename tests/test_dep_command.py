@@ -14,8 +14,14 @@ import duoserve
 from dep_extension.__main__ import _guarded
 from dep_extension.answering import deal
 from dep_extension.comm import PeerLost
+from dep_extension.cost import Split
 from dep_extension.faults import LEFT
+from dep_extension.planfile import save
+from dep_extension.running import Cutting
+from dep_extension.schedule import Order
+from dep_extension.solver import Plan
 from dep_extension.spans import Span, times
+from duoserve.core import Refusal
 
 ROOT = Path(__file__).parent.parent
 ENV = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -84,3 +90,26 @@ def test_exposed_is_when_nobody_works() -> None:
     expert = [Span("arriving", 0.0, 3.0), Span("expert", 3.0, 4.0)]
     found = times([attention, expert])
     assert found.seconds == 6.0 and found.exposed_s == 2.0 and found.busy_s == [3.0, 1.0]
+
+
+def saved_plan(folder: Path) -> Path:
+    plan = Plan("FinDEP", Split(2, 1), 4, 2, 3, 5, (("A", 1), ("A", 0), ("S", 0), ("S", 1)), 1.0, 1.0, 0.0, 1.0)
+    save(plan, folder / "plan.json", "a model", "a machine")
+    return folder / "plan.json"
+
+
+def test_a_plan_is_taken_from_its_file_and_from_options(tmp_path: Path) -> None:
+    found = Cutting(plan=saved_plan(tmp_path)).settled(3)
+    assert (found.ag, found.eg, found.r1, found.r2, found.name) == (2, 1, 2, 3, "FinDEP")
+    assert found.order == (("A", 1), ("A", 0), ("S", 0), ("S", 1))
+    other = Cutting(plan=saved_plan(tmp_path), r1=4).settled(3)
+    assert (other.r1, other.r2, other.order) == (4, 3, Order.ASAS)  # turns are of two micro-batches
+    plain = Cutting(attention_ranks=3, order="AASS").settled(5)
+    assert (plain.ag, plain.eg, plain.order) == (3, 2, Order.AASS)
+
+
+def test_options_that_contradict_a_plan_are_refused_with_both_numbers(tmp_path: Path) -> None:
+    with pytest.raises(Refusal, match=r"E_OPTION: 3 attention ranks are asked for, .*plan.json has 2"):
+        Cutting(attention_ranks=3, plan=saved_plan(tmp_path)).settled(4)
+    with pytest.raises(Refusal, match="unknown order 'ASSA'"):
+        Cutting(order="ASSA").settled(2)
