@@ -34,8 +34,10 @@ import torch
 from benchmarks.machine import describe
 from dep_extension.comm import PeerLost, Place, Role
 from dep_extension.faults import LEFT, Bounds
+from dep_extension.launch import Job as Launch
+from dep_extension.launch import dies_with, supervise
 
-BEAT_S, STALL_S = 0.1, 3.0
+BEAT_S, STALL_S = 0.1, 5.0
 
 
 @dataclass(frozen=True)
@@ -129,9 +131,6 @@ def read_job(folder: Path) -> Job:
 
 
 def launch(folder: Path) -> int:
-    from dep_extension.launch import Job as Launch
-    from dep_extension.launch import supervise
-
     job = read_job(folder)
     command = (sys.executable, "-m", "benchmarks.dep_faults", "--rank", str(folder))
     bounds = Bounds(beat=BEAT_S, stall=STALL_S)
@@ -156,7 +155,8 @@ class Launched:
         note(folder, "job", asdict(job))
         self.err = open(folder / "err", "w+")
         command = [sys.executable, "-m", "benchmarks.dep_faults", "--launch", str(folder)]
-        self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=self.err, stderr=self.err)
+        none, with_us = subprocess.DEVNULL, dies_with(os.getpid())
+        self.process = subprocess.Popen(command, stdin=none, stdout=self.err, stderr=self.err, preexec_fn=with_us)
 
     def read(self, name: str) -> Any:
         """What a rank noted, once it has; None where the launch ended or hung before."""
@@ -171,8 +171,10 @@ class Launched:
 
     def send(self, number: int, what: signal.Signals) -> float:
         """When."""
-        at = time.time()
-        os.kill(self.read(f"pid-{number}"), what)
+        process, at = self.read(f"pid-{number}"), time.time()
+        if process is None:
+            raise RuntimeError(f"rank {number} did not begin: {self.end()}")
+        os.kill(process, what)
         return at
 
     def end(self) -> Ended:
@@ -303,6 +305,7 @@ def scene(job: Job, number: int, what: signal.Signals, bound_s: float) -> dict[s
     """A rank is killed or stopped in the first generation: how the launch ended, and how soon."""
     with launched(job, bound_s) as run:
         run.all("began-0", range(job.ag + job.eg))
+        time.sleep(0.3)
         at = run.send(number, what)
         ended = run.end()
         took = time.time() - at

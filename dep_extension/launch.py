@@ -116,7 +116,7 @@ def _start(job: Job, number: int, port: int) -> Rank:
         stdin=None if first else subprocess.DEVNULL,
         stdout=None if first else subprocess.PIPE,
         stderr=None if first else subprocess.PIPE,
-        preexec_fn=_dies_with(os.getpid()),
+        preexec_fn=dies_with(os.getpid()),
     )
     return Rank(number, name_of(place.rank, job.ag, job.eg), process)
 
@@ -141,7 +141,7 @@ def _environment(job: Job, number: int, port: int) -> dict[str, str]:
     return env
 
 
-def _dies_with(parent: int) -> Callable[[], None]:
+def dies_with(parent: int) -> Callable[[], None]:
     """Run in the child before its program: the kernel kills it when its parent is gone, however that ends."""
     prctl = getattr(ctypes.CDLL(None), "prctl", None)  # Linux alone has it
 
