@@ -1,13 +1,14 @@
 """What a lost rank costs: expert ranks killed at random moments of a generation, and whether the tokens stay those of one
 process. Prints one JSON line.
 
-    python -m benchmarks.dep_faults [--model FOLDER] [--kills 20 --attention-ranks 2 --expert-ranks 4 --replicas 1]
+    python -m benchmarks.dep_faults [--model FOLDER] [--kills 20 --attention-ranks 2 --expert-ranks 6 --replicas 1]
     python -m benchmarks.dep_faults --scenes      an attention rank killed and stopped, an expert rank stopped
 
 One launch starts all ranks and generates again and again, the same prompts each time. The first generation is undisturbed
-and says how long one takes; in each of the next an expert rank is killed (kill -9, itself, not its launcher) at a random
-moment, until one is left; then ranks are launched anew. Detection: from the kill until the last survivor knows; stall: until
-the last survivor walks on, experts taken over. A launch that takes longer than --bound seconds hangs, and is counted so.
+and says how long one takes, the last is as well; in each between them an expert rank is killed (kill -9, itself, not its
+launcher) at a random moment, until one is left; then ranks are launched anew. Detection: from the kill until the last survivor
+knows; stall: until the last survivor walks on, experts taken over. A launch that takes longer than --bound seconds hangs, and
+is counted so.
 """
 
 from __future__ import annotations
@@ -223,14 +224,14 @@ def reference(job: Job) -> list[Any]:
 
 
 def some_kills(job: Job, rng: random.Random, want: list[Any], bound_s: float) -> tuple[list[Kill], Ended, int]:
-    """One launch: a kill in every generation but the first; how it ended, and wrong sequences in all of it."""
+    """One launch: a kill in every generation but the first and the last; how it ended, and wrong sequences in all of it."""
     with launched(job, bound_s) as run:
         attention = list(range(job.ag))
         alive = list(range(job.ag, job.ag + job.eg))
         first = [one for one in run.all("made-0", [*attention, *alive]) if one is not None]
         usual = statistics.median(one["ended"] - one["began"] for one in first) if first else 0.0
         events = []
-        for number in range(1, job.generations):
+        for number in range(1, job.generations - 1):
             began = run.read(f"began-{number}-0")
             if began is None:
                 break
@@ -333,9 +334,9 @@ def main() -> None:
     parser.add_argument("--cache", help="where stores are kept")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--attention-ranks", type=int, default=2)
-    parser.add_argument("--expert-ranks", type=int, default=4)
+    parser.add_argument("--expert-ranks", type=int, default=6)
     parser.add_argument("--replicas", type=int, default=1)
-    parser.add_argument("--new-tokens", type=int, default=24)
+    parser.add_argument("--new-tokens", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--bound", type=float, default=120.0, help="seconds after which a launch hangs")
     parser.add_argument("--scenes", action="store_true")
@@ -345,7 +346,7 @@ def main() -> None:
     if options.rank or options.launch:
         sys.exit(rank(options.rank) if options.rank else launch(options.launch))
     ag, eg = options.attention_ranks, options.expert_ranks
-    generations = 1 if options.scenes else min(eg, options.kills + 1)
+    generations = 1 if options.scenes else min(eg - 1, options.kills) + 2  # the last shows who was killed too late
     job = Job(options.model, options.cache, ag, eg, options.replicas, 2, 2, 2, options.new_tokens, generations)
     found: dict[str, Any] = {"benchmark": "dep_faults", "job": asdict(job), "beat_s": BEAT_S, "stall_bound_s": STALL_S}
     if options.scenes:

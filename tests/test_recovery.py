@@ -36,7 +36,7 @@ def check(found: dict[str, Any], kills: int) -> None:
 
 
 def test_a_killed_expert_rank_changes_no_token(job: Callable[..., Job]) -> None:
-    found = many_kills(job("qwen3_moe", 1, 2, 1, 2), 1, seed=0, bound_s=BOUND_S)
+    found = many_kills(job("qwen3_moe", 1, 2, 1, 3), 1, seed=0, bound_s=BOUND_S)
     check(found, 1)
     assert found["each"][0]["taken_over"] > 0
 
@@ -44,12 +44,12 @@ def test_a_killed_expert_rank_changes_no_token(job: Callable[..., Job]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v2"])
 def test_expert_ranks_killed_at_random_moments_change_no_token(job: Callable[..., Job], family: str) -> None:
-    check(many_kills(job(family, 2, 4, 1, 4), 10, seed=1, bound_s=BOUND_S), 10)
+    check(many_kills(job(family, 2, 4, 1, 5), 10, seed=1, bound_s=BOUND_S), 10)
 
 
 @pytest.mark.slow
 def test_with_replicas_the_first_loss_takes_nobody_over(job: Callable[..., Job]) -> None:
-    found = many_kills(job("qwen3_moe", 2, 3, 2, 2), 5, seed=2, bound_s=BOUND_S)
+    found = many_kills(job("qwen3_moe", 2, 3, 2, 3), 5, seed=2, bound_s=BOUND_S)
     check(found, 5)
     assert [kill["taken_over"] for kill in found["each"]] == [0] * found["kills"]
 
