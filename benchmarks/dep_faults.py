@@ -6,9 +6,9 @@ process. Prints one JSON line.
 
 One launch starts all ranks and generates again and again, the same prompts each time. The first generation is undisturbed
 and says how long one takes, the last is as well; in each between them an expert rank is killed (kill -9, itself, not its
-launcher) at a random moment, until one is left; then ranks are launched anew. Detection: from the kill until the last survivor
-knows; stall: until the last survivor walks on, experts taken over. A launch that takes longer than --bound seconds hangs, and
-is counted so.
+launcher) at a random moment, until one is left; then ranks are launched anew. Detection: from the kill until the last
+survivor knows; stall: until the last survivor walks on, experts taken over. A launch that takes longer than --bound seconds
+hangs, and is counted so.
 """
 
 from __future__ import annotations
