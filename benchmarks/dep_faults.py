@@ -1,13 +1,14 @@
 """What a lost rank costs: expert ranks killed at random moments of a generation, and whether the tokens stay those of one
 process. Prints one JSON line.
 
-    python -m benchmarks.dep_faults [--model FOLDER] [--kills 20 --attention-ranks 2 --expert-ranks 4 --replicas 1]
+    python -m benchmarks.dep_faults [--model FOLDER] [--kills 20 --attention-ranks 2 --expert-ranks 6 --replicas 1]
     python -m benchmarks.dep_faults --scenes      an attention rank killed and stopped, an expert rank stopped
 
 One launch starts all ranks and generates again and again, the same prompts each time. The first generation is undisturbed
-and says how long one takes; in each of the next an expert rank is killed (kill -9, itself, not its launcher) at a random
-moment, until one is left; then ranks are launched anew. Detection: from the kill until the last survivor knows; stall: until
-the last survivor walks on, experts taken over. A launch that takes longer than --bound seconds hangs, and is counted so.
+and says how long one takes, the last is as well; in each between them an expert rank is killed (kill -9, itself, not its
+launcher) at a random moment, until one is left; then ranks are launched anew. Detection: from the kill until the last
+survivor knows; stall: until the last survivor walks on, experts taken over. A launch that takes longer than --bound seconds
+hangs, and is counted so.
 """
 
 from __future__ import annotations
@@ -34,8 +35,10 @@ import torch
 from benchmarks.machine import describe
 from dep_extension.comm import PeerLost, Place, Role
 from dep_extension.faults import LEFT, Bounds
+from dep_extension.launch import Job as Launch
+from dep_extension.launch import dies_with, supervise
 
-BEAT_S, STALL_S = 0.1, 3.0
+BEAT_S, STALL_S = 0.1, 5.0
 
 
 @dataclass(frozen=True)
@@ -129,9 +132,6 @@ def read_job(folder: Path) -> Job:
 
 
 def launch(folder: Path) -> int:
-    from dep_extension.launch import Job as Launch
-    from dep_extension.launch import supervise
-
     job = read_job(folder)
     command = (sys.executable, "-m", "benchmarks.dep_faults", "--rank", str(folder))
     bounds = Bounds(beat=BEAT_S, stall=STALL_S)
@@ -156,7 +156,8 @@ class Launched:
         note(folder, "job", asdict(job))
         self.err = open(folder / "err", "w+")
         command = [sys.executable, "-m", "benchmarks.dep_faults", "--launch", str(folder)]
-        self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=self.err, stderr=self.err)
+        none, with_us = subprocess.DEVNULL, dies_with(os.getpid())
+        self.process = subprocess.Popen(command, stdin=none, stdout=self.err, stderr=self.err, preexec_fn=with_us)
 
     def read(self, name: str) -> Any:
         """What a rank noted, once it has; None where the launch ended or hung before."""
@@ -171,8 +172,10 @@ class Launched:
 
     def send(self, number: int, what: signal.Signals) -> float:
         """When."""
-        at = time.time()
-        os.kill(self.read(f"pid-{number}"), what)
+        process, at = self.read(f"pid-{number}"), time.time()
+        if process is None:
+            raise RuntimeError(f"rank {number} did not begin: {self.end()}")
+        os.kill(process, what)
         return at
 
     def end(self) -> Ended:
@@ -221,14 +224,14 @@ def reference(job: Job) -> list[Any]:
 
 
 def some_kills(job: Job, rng: random.Random, want: list[Any], bound_s: float) -> tuple[list[Kill], Ended, int]:
-    """One launch: a kill in every generation but the first; how it ended, and wrong sequences in all of it."""
+    """One launch: a kill in every generation but the first and the last; how it ended, and wrong sequences in all of it."""
     with launched(job, bound_s) as run:
         attention = list(range(job.ag))
         alive = list(range(job.ag, job.ag + job.eg))
         first = [one for one in run.all("made-0", [*attention, *alive]) if one is not None]
         usual = statistics.median(one["ended"] - one["began"] for one in first) if first else 0.0
         events = []
-        for number in range(1, job.generations):
+        for number in range(1, job.generations - 1):
             began = run.read(f"began-{number}-0")
             if began is None:
                 break
@@ -303,6 +306,7 @@ def scene(job: Job, number: int, what: signal.Signals, bound_s: float) -> dict[s
     """A rank is killed or stopped in the first generation: how the launch ended, and how soon."""
     with launched(job, bound_s) as run:
         run.all("began-0", range(job.ag + job.eg))
+        time.sleep(0.3)
         at = run.send(number, what)
         ended = run.end()
         took = time.time() - at
@@ -330,9 +334,9 @@ def main() -> None:
     parser.add_argument("--cache", help="where stores are kept")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--attention-ranks", type=int, default=2)
-    parser.add_argument("--expert-ranks", type=int, default=4)
+    parser.add_argument("--expert-ranks", type=int, default=6)
     parser.add_argument("--replicas", type=int, default=1)
-    parser.add_argument("--new-tokens", type=int, default=24)
+    parser.add_argument("--new-tokens", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--bound", type=float, default=120.0, help="seconds after which a launch hangs")
     parser.add_argument("--scenes", action="store_true")
@@ -342,7 +346,7 @@ def main() -> None:
     if options.rank or options.launch:
         sys.exit(rank(options.rank) if options.rank else launch(options.launch))
     ag, eg = options.attention_ranks, options.expert_ranks
-    generations = 1 if options.scenes else min(eg, options.kills + 1)
+    generations = 1 if options.scenes else min(eg - 1, options.kills) + 2  # the last shows who was killed too late
     job = Job(options.model, options.cache, ag, eg, options.replicas, 2, 2, 2, options.new_tokens, generations)
     found: dict[str, Any] = {"benchmark": "dep_faults", "job": asdict(job), "beat_s": BEAT_S, "stall_bound_s": STALL_S}
     if options.scenes:

@@ -30,7 +30,7 @@ from typing import IO, Any
 import torch.distributed as dist
 
 from dep_extension.comm import Place
-from dep_extension.faults import LEFT, Bounds, Store, name_of, note, read_log
+from dep_extension.faults import LEFT, Bounds, Log, Store, name_of, note, read_log
 from dep_extension.world import host_store, is_loopback, listen
 
 BOUNDS = Bounds()
@@ -47,10 +47,13 @@ class Rank:
     name: str
     process: subprocess.Popen[bytes]
     status: int | None = None
+    ended: bool = False  # by the launcher, since it no longer answered
     half: dict[int, bytes] = field(default_factory=dict)  # of a line, by file descriptor
 
     @property
     def fate(self) -> str:
+        if self.ended:
+            return "no longer answered, and was ended"
         assert self.status is not None
         if self.status < 0:
             return f"was killed by signal {-self.status}"
@@ -116,7 +119,7 @@ def _start(job: Job, number: int, port: int) -> Rank:
         stdin=None if first else subprocess.DEVNULL,
         stdout=None if first else subprocess.PIPE,
         stderr=None if first else subprocess.PIPE,
-        preexec_fn=_dies_with(os.getpid()),
+        preexec_fn=dies_with(os.getpid()),
     )
     return Rank(number, name_of(place.rank, job.ag, job.eg), process)
 
@@ -141,7 +144,7 @@ def _environment(job: Job, number: int, port: int) -> dict[str, str]:
     return env
 
 
-def _dies_with(parent: int) -> Callable[[], None]:
+def dies_with(parent: int) -> Callable[[], None]:
     """Run in the child before its program: the kernel kills it when its parent is gone, however that ends."""
     prctl = getattr(ctypes.CDLL(None), "prctl", None)  # Linux alone has it
 
@@ -155,8 +158,8 @@ def _dies_with(parent: int) -> Callable[[], None]:
 
 
 def _wait(ranks: Sequence[Rank], job: Job, store: Store) -> None:
-    """Until all have ended, or until the run is over and those who still run had time to say so."""
-    looked, over = 0.0, math.inf  # when the run was last looked at; when those who still run are ended
+    """Until all have ended. Once the run is over those who still run have time to notice, and are ended then."""
+    looked, over = 0.0, math.inf  # when the run was last looked at; since when it is over
     with selectors.DefaultSelector() as pipes:
         for rank in ranks:
             for pipe in filter(None, (rank.process.stdout, rank.process.stderr)):
@@ -168,10 +171,36 @@ def _wait(ranks: Sequence[Rank], job: Job, store: Store) -> None:
                 _tell(rank, job, store)
                 looked = 0.0
             if (now := time.monotonic()) - looked > job.bounds.beat:
-                looked, over = now, min(over, now + _patience(ranks, job, store))
-            if now > over:
-                return
+                looked, log = now, _look(store)
+                over = min(over, now) if _is_over(log, job) else math.inf
+                _give_up([rank for rank in ranks if now - over > _patience(rank, log, job)])
         _forward(pipes)
+
+
+def _look(store: Store) -> Log | None:
+    """None where the store was another launcher's, and is gone with it."""
+    try:
+        return read_log(store)
+    except RuntimeError:
+        return None
+
+
+def _is_over(log: Log | None, job: Job) -> bool:
+    """Every attention rank has left, or one of them is lost: whoever still runs is of no more use."""
+    attention = set(range(job.ag))
+    return log is None or attention <= log.left or bool(attention & (log.dead.keys() | log.over))
+
+
+def _patience(rank: Rank, log: Log | None, job: Job) -> float:
+    """Seconds. Who has left has an interpreter to end; the others had better notice that somebody is lost."""
+    return ENDING if log is not None and rank.number in log.left else job.bounds.stall + 10 * job.bounds.beat + 2
+
+
+def _give_up(ranks: Sequence[Rank]) -> None:
+    for rank in ranks:
+        if rank.status is None and not rank.ended:
+            rank.ended = True
+            rank.process.kill()
 
 
 def _just_ended(rank: Rank) -> bool:
@@ -190,22 +219,6 @@ def _tell(rank: Rank, job: Job, store: Store) -> None:
             note(store, f"over {rank.number}")
         else:
             note(store, f"left {rank.number}")
-
-
-def _patience(ranks: Sequence[Rank], job: Job, store: Store) -> float:
-    """Seconds for those who still run, of no more use once every attention rank has left, or one of them is lost. Who has
-    left too is about to end; others had better notice."""
-    notice = job.bounds.stall + 10 * job.bounds.beat + 2
-    try:
-        log = read_log(store)
-    except RuntimeError:
-        return notice
-    attention = set(range(job.ag))
-    if attention & (log.dead.keys() | log.over):
-        return notice
-    if not attention <= log.left:
-        return math.inf
-    return ENDING if all(rank.number in log.left for rank in ranks if rank.status is None) else notice
 
 
 def _forward(pipes: selectors.BaseSelector) -> None:
@@ -254,9 +267,7 @@ def _end(ranks: Sequence[Rank]) -> None:
 
 def _report(ranks: Sequence[Rank], ag: int) -> int:
     for rank in ranks:
-        if rank.status is None:
-            print(f"{rank.name} no longer answered, and was ended", file=sys.stderr)
-        elif rank.status != 0:
+        if rank.status != 0:
             print(f"{rank.name} {rank.fate}", file=sys.stderr)
     vital = [rank for rank in ranks if rank.number < ag] or list(ranks)
     return 0 if all(rank.status == 0 for rank in vital) else 1

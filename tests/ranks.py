@@ -66,6 +66,7 @@ def main(folder: str, rounds: str, manner: str) -> int:
             print(f"formed: {world.generation} without {loss.ranks}", file=sys.stderr, flush=True)
             (Path(folder) / f"generation-{world.generation}-{place.rank}").touch()
             number = min(said[0] for said in world.gather([number])[: world.place.ag])
+    (Path(folder) / f"done-{place.rank}").write_text(f"{number} rounds, generation {world.generation}")
     if place.rank == 0:
         print(f"{number} rounds, generation {world.generation}")
     world.close()
