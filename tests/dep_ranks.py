@@ -139,7 +139,7 @@ def in_processes(plans: Sequence[Plan], folder: Path) -> list[list[dict[str, Any
         process.start()
     try:
         for process in processes:
-            process.join(240)
+            process.join(600)
         assert all(process.exitcode == 0 for process in processes), [process.exitcode for process in processes]
     finally:
         for process in processes:

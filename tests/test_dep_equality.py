@@ -59,6 +59,7 @@ def test_processes_answer_as_one_process(models: Any, plan_of: Any, tmp_path: Pa
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_processes_answer_as_one_process_whatever_the_plan(
     family: str, models: Any, plan_of: Any, tmp_path: Path
