@@ -136,7 +136,7 @@ def _opened(
     format = config.format or ("bf16" if config.dtype == "float32" else "int4")
     conversion = Conversion.of(folder, format, config.dtype)
     dtype = compute_dtype(config.dtype, str(conversion.checkpoint.dtype).removeprefix("torch."))
-    _tokenizer(folder)  # refuse before an hour of converting
+    read_tokenizer(folder)  # refuse before an hour of converting
     trunk = trunk_format(config, format, dtype, device.name)
     free, model_config = _free(device), conversion.checkpoint.config
     plan = make_plan(conversion.size, model_config, dtype, config, free, default, trunk, predictor_bytes)
@@ -185,7 +185,7 @@ class Engine:
         grouping = self.runtime.grouping
         if grouping is not None and grouping.why is not None:
             warnings.warn(f"the table of kernels is not used: {grouping.why}", stacklevel=3)
-        self.tokenizer = _tokenizer(store.folder)
+        self.tokenizer = read_tokenizer(store.folder)
         self._turn = threading.Lock()
         self._finalizer = weakref.finalize(self, _release, device, store)
         self._last: Answer | None = None
@@ -514,7 +514,7 @@ def _check_options(options: dict[str, Any]) -> None:
         )
 
 
-def _tokenizer(folder: Path) -> Any:
+def read_tokenizer(folder: Path) -> Any:
     if not any(folder.glob("tokenizer*")):
         return None
     try:

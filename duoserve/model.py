@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from duoserve import attention
-from duoserve.checkpoint import build_meta, find_experts, load_trunk, replace_module
+from duoserve.checkpoint import ExpertsSpec, build_meta, find_experts, load_trunk, replace_module
 from duoserve.core import Kernels, Phase, Policy, Refusal, Step
 from duoserve.device import Device
 from duoserve.int4 import Scratch
@@ -45,6 +45,15 @@ def load_model(
 ) -> Loaded:
     """Build on meta, take the experts out, fill the trunk; the slots are allocated here, once. `trunk`: its format;
     `kernels`: what experts are computed by, as `open_runtime`."""
+    model, specs = stock_model(store, config, dtype)
+    scratch = Scratch(device.arena(plan.scratch_bytes))
+    runtime = open_runtime(device, store, plan.slots, policy, _host_tier(device, store), scratch, kernels, dtype)
+    fill_trunk(model, specs, store, dtype, device, trunk, scratch, runtime)
+    return Loaded(model, runtime, watch_passes(model, specs, runtime, plan))
+
+
+def stock_model(store: Store, config: Any, dtype: torch.dtype) -> tuple[Any, list[ExpertsSpec]]:
+    """The stock model on meta and its experts modules, which must be those that the store has."""
     model = build_meta(config, dtype)
     specs = find_experts(model)
     if [spec.name for spec in specs] != [layer.module for layer in store.layers]:
@@ -54,8 +63,20 @@ def load_model(
             "convert the model again",
             5,
         )
-    scratch = Scratch(device.arena(plan.scratch_bytes))
-    runtime = open_runtime(device, store, plan.slots, policy, _host_tier(device, store), scratch, kernels, dtype)
+    return model, specs
+
+
+def fill_trunk(
+    model: Any,
+    specs: list[ExpertsSpec],
+    store: Store,
+    dtype: torch.dtype,
+    device: Device,
+    trunk: str,
+    scratch: Scratch,
+    runtime: Any,
+) -> None:
+    """Put the seam to `runtime` where the experts were, and load everything else."""
     for layer, spec in enumerate(specs):
         replace_module(model, spec.name, OffloadedExperts(spec.module, layer, runtime))
     load_trunk(model, store.checked_trunk(), dtype)
@@ -65,6 +86,10 @@ def load_model(
         model.generation_config = transformers.GenerationConfig.from_pretrained(store.folder)
     if device.name == "cpu":
         attention.use(model)
+
+
+def watch_passes(model: Any, specs: list[ExpertsSpec], runtime: Any, plan: Plan) -> PassWatch:
+    """Tell `runtime` of every pass of the model."""
     watch = PassWatch(runtime, plan)
     for layer, spec in enumerate(specs):
         holder = decoder_layer(spec.name)
@@ -72,7 +97,7 @@ def load_model(
             watch.follow(model.get_submodule(holder), layer)
     model.register_forward_pre_hook(watch.before, with_kwargs=True)
     model.register_forward_hook(watch.after, with_kwargs=True)
-    return Loaded(model, runtime, watch)
+    return watch
 
 
 def _host_tier(device: Device, store: Store) -> HostTier | None:

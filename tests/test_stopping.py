@@ -6,13 +6,13 @@ import random
 
 import pytest
 
-from duoserve.engine import DEMO, _tokenizer
+from duoserve.engine import DEMO, read_tokenizer
 from duoserve.stopping import TextStream
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> object:
-    return _tokenizer(DEMO)
+    return read_tokenizer(DEMO)
 
 
 WORDS = ["Git ", "is", " a ", "naïve ", "日本", "語 ", "👩‍👩‍👧 ", "end", "ENDE", "\n\n", "x" * 9, "é", " 0.5", "'s"]

@@ -1,0 +1,69 @@
+"""How long a disaggregated run took, and how much of it nobody computed. Knows spans of work by rank; knows nothing of
+models.
+
+    attention rank 0   [ attention 0 ][ shared ][ attention 1 ]              [ attention 0 ]
+    expert rank 0                        [ experts 0 ]    [ experts 1 ]
+    exposed                                                            ^^^^^^  rows travel, or a thread waits for its core
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+WORK = ("attention", "shared", "expert")
+
+
+class Load(NamedTuple):
+    """What is timed: random prompts."""
+
+    samples: int
+    prompt_tokens: int
+    new_tokens: int
+
+    @property
+    def tokens(self) -> int:
+        return self.samples * (self.prompt_tokens + self.new_tokens - 1)
+
+
+class Span(NamedTuple):
+    """A stretch of one rank's time. Seconds of one clock: ranks of one machine share it."""
+
+    what: str
+    began: float
+    ended: float
+
+
+class Spans:
+    """What a walk notes."""
+
+    def __init__(self) -> None:
+        self.found: list[Span] = []
+
+    def __call__(self, what: str, layer: int, batch: int, chunk: int, began: float, ended: float) -> None:
+        self.found.append(Span(what, began, ended))
+
+
+class Times(NamedTuple):
+    """Of one run, all ranks: from the first stretch of work to the end of the last; of that, how long nobody worked."""
+
+    seconds: float
+    exposed_s: float
+    busy_s: list[float]  # of each rank
+
+
+def times(spans: Sequence[Sequence[Span]]) -> Times:
+    """`spans` of each rank."""
+    work = [[span for span in one if span.what in WORK] for one in spans]
+    both = [span for one in work for span in one]
+    began, ended = min(span.began for span in both), max(span.ended for span in both)
+    busy = [sum(span.ended - span.began for span in one) for one in work]
+    return Times(ended - began, ended - began - _covered(both), busy)
+
+
+def _covered(spans: Iterable[Span]) -> float:
+    total, until = 0.0, float("-inf")
+    for span in sorted(spans, key=lambda span: span.began):
+        total += max(0.0, span.ended - max(span.began, until))
+        until = max(until, span.ended)
+    return total
