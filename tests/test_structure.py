@@ -126,7 +126,15 @@ def test_what_stands_beside_imports_only_the_words() -> None:
             assert not {m for m in imports(path) if m.startswith("predictor")}
 
 
-RUNS_THE_ENGINE = {"__main__", "answering", "attention", "executor", "recovery", "running", "shares"}  # of dep_extension
+RUNS_THE_ENGINE = {
+    "__main__",
+    "answering",
+    "attention",
+    "executor",
+    "recovery",
+    "running",
+    "shares",
+}  # of dep_extension
 
 
 @pytest.mark.parametrize("path", files("dep_extension"), ids=lambda p: p.stem)
