@@ -224,3 +224,32 @@ def test_ranks_that_wait_for_each_other_are_named_not_hung() -> None:
 def test_a_place_is_refused_outside_its_world() -> None:
     with pytest.raises(ValueError, match="rank 4 has no place among 2 attention and 2 expert ranks"):
         Place.of(4, 2, 2)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_cross_two_streams_of_one_gpu(dtype: torch.dtype) -> None:
+    """What makes the rows is slow, and each side has a stream of its own: only the events order them."""
+    comms = local_world(1, 1, dtype, "cuda", poison=True)
+    want = rows(0, 4, dtype)
+
+    def attention() -> Tensor:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            torch.cuda._sleep(50_000_000)
+            mine = want.cuda(non_blocking=True)
+            handle = comms[0].dispatch(mine, [4], [0], WIDTH)
+            back = comms[0].combine(None, [0], [4], WIDTH).wait()
+            handle.wait()
+            return back.cpu()
+
+    def expert() -> None:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            got = comms[1].dispatch(None, [0], [4], WIDTH).wait()
+            torch.cuda._sleep(50_000_000)
+            comms[1].combine(got.clone(), [4], [0], WIDTH).wait()
+
+    back, _ = together(comms, attention, expert)
+    assert torch.equal(back.float(), want.float())
+    for comm in comms:
+        comm.close()
