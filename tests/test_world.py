@@ -93,7 +93,7 @@ def alive(pid: int) -> bool:
 
 def test_killed_and_stopped_expert_ranks_are_named_and_the_others_go_on(tmp_path: Path) -> None:
     """Of three expert ranks one is killed, then one stopped; when it wakes it finds itself left out."""
-    run = Run.rounds(tmp_path, 2, 3, 200, "recover")
+    run = Run.rounds(tmp_path, 2, 3, 120, "recover")
     run.send(4, signal.SIGKILL)
     run.await_files("generation-1-0", "generation-1-1", "generation-1-2", "generation-1-3")
     run.send(3, signal.SIGSTOP)
@@ -101,7 +101,7 @@ def test_killed_and_stopped_expert_ranks_are_named_and_the_others_go_on(tmp_path
     run.send(3, signal.SIGCONT)
     ended = run.end()
     assert ended.status == 0, ended.err
-    assert ended.out == "200 rounds, generation 2\n"
+    assert ended.out == "120 rounds, generation 2\n"
     assert "expert rank 2 (rank 4) was killed by signal 9" in ended.err
     assert "lost: expert rank 1 (rank 3) has not answered for" in ended.err
     assert "[expert rank 1 (rank 3)] over: rank 3 was taken for lost: generation 2 is of ranks (0, 1, 2)" in ended.err
@@ -214,7 +214,9 @@ time.sleep(600)
 """
 
 
-@pytest.mark.parametrize("what", [signal.SIGKILL, signal.SIGTERM], ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    "what", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)], ids=lambda s: s.name
+)
 def test_ranks_end_with_their_launcher(tmp_path: Path, what: signal.Signals) -> None:
     run = Run(tmp_path, 1, 1, sys.executable, "-c", SLEEP, str(tmp_path))
     run.await_files("rank-0", "rank-1")
