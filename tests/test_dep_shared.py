@@ -66,7 +66,9 @@ class Turns(nn.Module):
         return self.inner(x)
 
 
-@pytest.mark.parametrize("how,elsewhere", [(before, 0), (after, 0), (early, 3), (another, 1)], ids=lambda x: str(x))
+@pytest.mark.parametrize(
+    "how,elsewhere", [(before, 0), (after, 0), (early, 3), (another, 1)], ids=["before", "after", "early", "another"]
+)
 def test_the_model_gets_what_it_would_have_computed(how: Forward, elsewhere: int) -> None:
     torch.manual_seed(0)
     block, shared, log = Block(how), Shared(poison=True), []
