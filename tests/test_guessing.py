@@ -13,6 +13,7 @@ import torch
 
 import duoserve
 from duoserve import engine as engines
+from duoserve.benefit import BLOCK, BLOCKS, WINDOW
 from duoserve.core import Refusal, Step
 from predictor.baselines import AlwaysWrong, Gate, Oracle
 from predictor.load import load as load_predictor
@@ -21,6 +22,7 @@ from traces.store import Traces
 
 PROMPTS = Path(__file__).parent.parent / "benchmarks" / "prompts" / "documentation.jsonl"
 HEAD = engines.DEMO / "predictor"
+LONGEST_TRIAL = BLOCKS * len(BLOCK) * WINDOW  # tokens: by then the switch has decided, and no next trial has
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 16, "eos_token_id": -1}
 
 
@@ -83,12 +85,12 @@ def test_the_demo_answers_200_prompts_alike_whatever_guesses(cache: Path, tmp_pa
 
 def test_the_demo_guesses_by_itself_and_says_what_it_decided(cache: Path) -> None:
     with duoserve.load(None, cache_dir=str(cache)) as engine:
-        engine.generate("A list is", **GREEDY | {"max_new_tokens": 60})
+        engine.generate("A list is", **GREEDY | {"max_new_tokens": LONGEST_TRIAL + 1})
         stats = engine.stats()
     said = stats["prediction"]
     assert said["predictor"] == "head" and said["decision"] in ("on", "off") and said["trials"] == 1
     assert said["with_s"] > 0 and said["without_s"] > 0
-    assert said["tokens_with"] + said["tokens_without"] == 59
+    assert said["tokens_with"] + said["tokens_without"] == LONGEST_TRIAL
 
 
 def test_the_predictors_bytes_are_in_the_budget(cache: Path) -> None:
