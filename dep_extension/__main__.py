@@ -36,7 +36,10 @@ PlanFile = Annotated[Path | None, typer.Option("--plan", help="A plan that `duos
 R1 = Annotated[int | None, typer.Option("--r1", min=1, max=4096, help="Micro-batches. Default: the plan's, else 2.")]
 R2 = Annotated[int | None, typer.Option("--r2", min=1, max=4096, help="Chunks of one. Default: the plan's, else 1.")]
 OrderName = Annotated[str | None, typer.Option("--order", help="ASAS or AASS. Default: the plan's, else ASAS.")]
-Replicas = Annotated[int, typer.Option(min=1, help="Expert ranks that hold each expert.")]
+Replicas = Annotated[
+    int | None, typer.Option(min=1, help="Expert ranks that hold each expert. Default: the plan's, else 1.")
+]
+KernelTable = Annotated[Path | None, typer.Option("--kernels", help="A table that `duoserve dep kernels` wrote here.")]
 Budget = Annotated[str | None, typer.Option(help="Memory of each rank: 6GiB; of its share's experts 50%, half or min.")]
 Format = Annotated[str | None, typer.Option(help="Experts as int4 (default), nf4 or bf16.")]
 Trunk = Annotated[str | None, typer.Option(help="Attention, shared experts and head as int4, nf4 or bf16.")]
@@ -61,7 +64,7 @@ def generate(
     r1: R1 = None,
     r2: R2 = None,
     order: OrderName = None,
-    replicas: Replicas = 1,
+    replicas: Replicas = None,
     budget: Budget = None,
     format: Format = None,
     trunk: Trunk = None,
@@ -73,6 +76,7 @@ def generate(
     top_p: Annotated[float | None, typer.Option(help="Sample from this share of the probability.")] = None,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
     slots: Slots = None,
+    kernels: KernelTable = None,
     threads: Threads = None,
     cache_dir: CacheDir = None,
     interface: Interface = None,
@@ -81,6 +85,7 @@ def generate(
     """Answer prompts, dealt to the attention ranks and their micro-batches; the first rank prints all answers."""
     options: dict[str, Any] = {"budget": budget, "format": format, "trunk": trunk, "dtype": dtype, "device": device}
     options |= {"ctx": ctx, "slots": slots, "threads": threads, "cache_dir": cache_dir}
+    options["kernels"] = str(kernels) if kernels is not None else None
     config = EngineConfig.of(**options)
     from dep_extension import running
     from dep_extension.answering import Asked
@@ -109,7 +114,7 @@ def bench(
     r1: R1 = None,
     r2: R2 = None,
     order: OrderName = None,
-    replicas: Replicas = 1,
+    replicas: Replicas = None,
     budget: Budget = None,
     format: Format = None,
     trunk: Trunk = None,
@@ -117,6 +122,7 @@ def bench(
     device: DeviceName = "auto",
     ctx: Ctx = None,
     slots: Slots = None,
+    kernels: KernelTable = None,
     threads: Threads = None,
     cache_dir: CacheDir = None,
     interface: Interface = None,
@@ -125,6 +131,7 @@ def bench(
     """Time random prompts: tokens per second, and the seconds in which rows travel and nobody computes."""
     options: dict[str, Any] = {"budget": budget, "format": format, "trunk": trunk, "dtype": dtype, "device": device}
     options |= {"ctx": ctx, "slots": slots, "threads": threads, "cache_dir": cache_dir}
+    options["kernels"] = str(kernels) if kernels is not None else None
     config = EngineConfig.of(**options)
     from dep_extension import running
     from dep_extension.spans import Load

@@ -20,7 +20,7 @@ from dep_extension.walk import START, AttentionWalk, ExpertWalk, Inline, Itinera
 from duoserve.checkpoint import check_config, quiet, read_config
 from duoserve.config import EngineConfig, parse_share, parse_size, parse_slots, size
 from duoserve.convert import Conversion, Progress, write_store
-from duoserve.core import Policy, Refusal
+from duoserve.core import Kernels, Policy, Refusal
 from duoserve.device import Device
 from duoserve.engine import DEMO
 from duoserve.hub import resolve
@@ -190,8 +190,16 @@ def _nothing() -> None:
 class ExpertSide:
     """An expert rank: its share of the store, and slots for it."""
 
-    def __init__(self, opened: Opened, device: Device, place: Place, course: Course, peers: int = 1):
-        self.opened, self.device, self._peers = opened, device, peers
+    def __init__(
+        self,
+        opened: Opened,
+        device: Device,
+        place: Place,
+        course: Course,
+        peers: int = 1,
+        kernels: Kernels | None = None,
+    ):
+        self.opened, self.device, self._peers, self._kernels = opened, device, peers, kernels
         config = read_config(opened.store.folder)
         _, specs = stock_model(opened.store, config, opened.dtype)
         _refuse_norms(specs)
@@ -206,7 +214,17 @@ class ExpertSide:
         free = default_budget(self.device.name, self.device.free_bytes()) // self._peers
         self.slots = expert_slots(share, config, self._scratch.n_bytes, free)
         host, policy = _host_tier(self.device, share), Policy(config.policy)
-        self.rank = ExpertRank(self.device, share, self.slots, self._modules, policy, host, self._scratch)
+        self.rank = ExpertRank(
+            self.device,
+            share,
+            self.slots,
+            self._modules,
+            policy,
+            host,
+            self._scratch,
+            self._kernels,
+            self.opened.dtype,
+        )
 
     def walk(self, comm: Comm, start: Position = START, note: Note | None = None, worker: Worker | None = None) -> None:
         """Serve until every micro-batch of every attention rank has ended. `worker`: where experts compute; without one on a

@@ -18,6 +18,8 @@ from dep_extension import planfile
 from dep_extension.answering import Answer, Asked, Reader, deal, figures, gathered, report, works
 from dep_extension.comm import PeerLost, Place, Role
 from dep_extension.executor import AttentionSide, Course, ExpertSide, Opened, open_store
+from dep_extension.kernel_choice import Table
+from dep_extension.kernel_table import here as measured_here
 from dep_extension.recovery import attend, serve
 from dep_extension.schedule import Order, Turn
 from dep_extension.spans import Load, Span, Spans, times
@@ -29,6 +31,7 @@ from duoserve.device import Device, open_device
 from duoserve.system import use_threads
 
 DEFAULT_R1, DEFAULT_R2 = 2, 1
+MEASURE = "run `duoserve dep kernels MODEL --save FILE` here"
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Cutting:
     r1: int | None = None
     r2: int | None = None
     order: str | None = None
-    replicas: int = 1
+    replicas: int | None = None
 
     def settled(self, world: int) -> Settled:
         """For `world` processes. Refused where the file and the options, or an option and what there is, differ."""
@@ -60,7 +63,8 @@ class Cutting:
             order = _order(self.order)
         elif known is not None and known.r1 == r1:
             order = known.order
-        return Settled(ag, eg, r1, r2, order, self.replicas, None if known is None else known.name)
+        replicas = self.replicas or (known.replicas if known is not None else 1)
+        return Settled(ag, eg, r1, r2, order, replicas, None if known is None else known.name)
 
     def _same(self, what: str, asked: int | None, planned: int | None) -> int | None:
         if asked is not None and planned is not None and asked != planned:
@@ -141,7 +145,7 @@ def ranks(
             if place.role is Role.ATTENTION:
                 side = AttentionSide(opened, device, place, course, sequences(place, settled.r1), peers)
             else:
-                side = ExpertSide(opened, device, place, course, peers)
+                side = ExpertSide(opened, device, place, course, peers, _table(config, device))
         yield Ranks(opened, settled, place, comm, side)
         comm.close()
     except PeerLost:
@@ -157,6 +161,18 @@ def _device(config: EngineConfig) -> Device:
     if config.device != "cpu" and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     return open_device(config.device)
+
+
+def _table(config: EngineConfig, device: Device) -> Table | None:
+    """Which products of a chunk are quicker as one, as was measured here."""
+    if config.kernels is None:
+        return None
+    try:
+        return Table.load(Path(config.kernels), measured_here(device.name))
+    except OSError as error:
+        raise Refusal("E_KERNELS", f"{config.kernels}: {error.strerror or error}", MEASURE, 3) from error
+    except ValueError as error:
+        raise Refusal("E_KERNELS", str(error), MEASURE) from error
 
 
 def answer(

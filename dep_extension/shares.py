@@ -16,7 +16,7 @@ import torch
 
 from dep_extension.rows import arrived
 from duoserve.codec import Layout
-from duoserve.core import Key, Policy
+from duoserve.core import Kernels, Key, Policy
 from duoserve.device import Device
 from duoserve.experts import expert_function
 from duoserve.int4 import Scratch
@@ -45,7 +45,8 @@ class Share:
 
 
 class ExpertRank:
-    """Computes what arrives. `specs`: the stock experts modules on meta, which say how."""
+    """Computes what arrives. `specs`: the stock experts modules on meta, which say how; `kernels`: which products of a chunk
+    are quicker as one, in `dtype`; without it experts are computed one by one."""
 
     def __init__(
         self,
@@ -56,9 +57,13 @@ class ExpertRank:
         policy: Policy = Policy.DUOSERVE,
         host: HostTier | None = None,
         scratch: Scratch | None = None,
+        kernels: Kernels | None = None,
+        dtype: torch.dtype = torch.bfloat16,
     ):
         self.share = share
-        self.runtime: Runtime = open_runtime(device, cast(Store, share), max(1, slots), policy, host, scratch)
+        self.runtime: Runtime = open_runtime(
+            device, cast(Store, share), max(1, slots), policy, host, scratch, kernels, dtype
+        )
         self._functions: list[Callable[..., torch.Tensor]] = [expert_function(spec) for spec in specs]
         self.rows = 0
 

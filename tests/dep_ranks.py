@@ -40,10 +40,20 @@ class Plan(NamedTuple):
     order: str = "ASAS"
     slots: int | None = None
     replicas: int = 1
+    grouped: bool = False
 
     @property
     def name(self) -> str:
         return f"{self.ag}+{self.eg} r1={self.r1} r2={self.r2} {self.order}"
+
+
+class Always:
+    """A table of kernels that says grouped, whatever is asked."""
+
+    machine = "a table for tests"
+
+    def grouped(self, products: Sequence[tuple[int, int]], experts: int, dtype: str, tokens: int) -> bool:
+        return True
 
 
 class Outcome(NamedTuple):
@@ -85,13 +95,15 @@ def side_of(plan: Plan, place: Place, device: Any) -> tuple[Any, Callable[..., d
     itinerary = Itinerary.of(len(opened.store.layers), plan.r1, plan.r2, Order(plan.order))
     course = Course(plan.ag, plan.eg, tuple(opened.shares(plan.eg, plan.replicas)), itinerary)
     if place.role is Role.EXPERT:
-        experts = ExpertSide(opened, device, place, course)
+        experts = ExpertSide(opened, device, place, course, kernels=Always() if plan.grouped else None)
 
         def serve(comm: Any, **options: Any) -> dict[str, Any]:
             experts.walk(comm, **options)
             counts = experts.rank.runtime.transfer.counts()
             experts.rank.runtime.cache.check()
-            return {"slots": experts.slots, "share": experts.rank.share.n_experts, "misses": counts.misses}
+            found = {"slots": experts.slots, "share": experts.rank.share.n_experts, "misses": counts.misses}
+            grouping = experts.rank.runtime.grouping
+            return found | {"passes": None if grouping is None else dict(grouping.passes)}
 
         return experts, serve
     attention = AttentionSide(opened, device, place, course, poison=True)

@@ -83,3 +83,11 @@ def test_experts_on_several_ranks_share_the_senders(models: Any, plan_of: Any) -
     found = dep_ranks.in_one_thread(plan)
     dep_ranks.check(plan, found, *models("qwen3_moe"))
     assert sum(rank["share"] for rank in found[plan.ag :]) == 2 * 3 * 6
+
+
+def test_expert_ranks_that_multiply_in_groups_answer_as_one_process(models: Any, plan_of: Any) -> None:
+    plan = plan_of("mixtral", (1, 1, 2, 2, "ASAS"), grouped=True)
+    found = dep_ranks.in_one_thread(plan)
+    dep_ranks.check(plan, found, *models("mixtral"))
+    passes = found[-1]["passes"]
+    assert passes["grouped"] > 0 and passes["dense"] == 0, passes
