@@ -10,12 +10,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-EVERY_S = 2.0
+EVERY_S = 1.0  # an import may keep the interpreter for as long again: silence stays under 2 s
 Progress = Callable[[int, int, str], None]  # bytes done, bytes in all (0: not counted), what is being done
 
 
 class Pulse:
-    """Says every 2 s what is done and for how long: in a terminal on one line, which it wipes, else on a line each."""
+    """Says each second what is done and for how long: in a terminal on one line, which it wipes, else on a line each."""
 
     def __init__(self, what: str):
         self._what, self._began, self._heard = what, time.monotonic(), 0.0
