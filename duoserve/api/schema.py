@@ -11,6 +11,7 @@ import math
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic_core import from_json
 
 from duoserve.api.errors import ApiError
 
@@ -19,6 +20,7 @@ MAX_VALUES = 1_000_000
 MAX_MESSAGES, MAX_TOOLS, MAX_N, MAX_PROMPTS = 4096, 128, 8, 128
 MAX_SEED = 2**63 - 1
 MAX_NUMBER = 2**31 - 1
+LARGE = 256 << 10  # bytes of a body
 
 T = TypeVar("T", bound="Strict")
 
@@ -44,6 +46,8 @@ def parse(body: bytes) -> Any:
 
 def read(body: bytes, kind: type[T]) -> T:
     """A request of that kind, or ApiError 400 naming the field."""
+    if len(body) > LARGE:
+        _refuse_shape(body, kind)
     value = parse(body)
     if not isinstance(value, dict):
         raise _bad("the body is no JSON object")
@@ -51,6 +55,19 @@ def read(body: bytes, kind: type[T]) -> T:
         return kind.model_validate(value)
     except ValidationError as error:
         raise _named(error) from None
+
+
+def _refuse_shape(body: bytes, kind: type[T]) -> None:
+    """A large body is read twice: a fifth of the time of strict reading says whether its shape is wrong."""
+    try:
+        value = from_json(body)
+    except ValueError:
+        return  # strict reading says why
+    if isinstance(value, dict):
+        try:
+            kind.model_validate(value)
+        except ValidationError as error:
+            raise _named(error) from None
 
 
 def _bad(message: str) -> ApiError:
