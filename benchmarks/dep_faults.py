@@ -241,19 +241,24 @@ def some_kills(job: Job, rng: random.Random, want: list[Any], bound_s: float) ->
             events.append((number, killed, moment, run.send(killed, signal.SIGKILL), [*attention, *alive]))
             run.all(f"made-{number}", attention)
         ended = run.end()
-        kills = [_kill(run, event, usual, want) for event in events] if ended.status == 0 else []
+        met = [_kill(run, event, usual, want) for event in events] if ended.status == 0 else []
+        kills = [kill for kill in met if kill is not None]
         made = [run.read(f"made-{number}-{a}") for number in range(job.generations) for a in attention]
         return kills, ended, sum(_wrong(one, want[k % job.ag]) for k, one in enumerate(made))
 
 
-def _kill(run: Launched, event: Any, usual: float, want: list[Any]) -> Kill:
-    """A loss is met in the generation of the kill, or at the start of the next."""
+def _kill(run: Launched, event: Any, usual: float, want: list[Any]) -> Kill | None:
+    """A loss is met in the generation that runs when the kill comes: that of its number, or a later one where those after
+    the first are quicker. None where it came when all was made."""
     number, killed, moment, at, survivors = event
-    outages = []
-    for survivor in survivors:
-        for g in (number, number + 1):
-            found = run.read(f"made-{g}-{survivor}") if g < run.job.generations else None
-            outages += [one for one in (found or {"outages": []})["outages"] if killed in one["ranks"]]
+    outages, ended = [], []
+    for g in range(number, run.job.generations):
+        found = [one for survivor in survivors if (one := run.read(f"made-{g}-{survivor}")) is not None]
+        ended += [one["ended"] for one in found]
+        outages += [one for each in found for one in each["outages"] if killed in one["ranks"]]
+    if not outages and at > max(ended):
+        return None
+    assert outages, f"rank {killed} was killed at {at}, nobody noticed, and all went on until {max(ended)}"
     made = [run.read(f"made-{number}-{a}") for a in range(run.job.ag)]
     return Kill(
         killed,

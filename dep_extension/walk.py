@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import struct
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
@@ -88,7 +89,7 @@ class _Lazy:
         return self._fn()
 
 
-class _Walk:
+class _Walk(ABC):
     """What both sides have in common. `empty_0D`: says how wide rows are and of which dtype and device; `most`: local
     experts of the expert rank that has most."""
 
@@ -108,8 +109,9 @@ class _Walk:
             here = Position(here.round + 1, 0)
         self._drain()
 
+    @abstractmethod
     def _agree(self) -> None:
-        raise NotImplementedError
+        """Every rank has the same plan, or all raise ValueError."""
 
     def _round(self, here: Position) -> bool:
         """One pass of all; whether there will be another."""
@@ -119,15 +121,17 @@ class _Walk:
             self._step(op, here.round)
         return not (here.layer == 0 and self._over())
 
+    @abstractmethod
     def _over(self) -> bool:
         """Whether all micro-batches of all ranks have ended, as said in the first layer of this round."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _step(self, op: Op, number: int) -> None:
-        raise NotImplementedError
+        """One exchange of round `number`, with what is due before it."""
 
+    @abstractmethod
     def _drain(self) -> None:
-        raise NotImplementedError
+        """Wait for what is under way."""
 
     def _timed(self, what: str, op: Op, fn: Callable[[], Any]) -> Any:
         if self._note is None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import secrets
 import string
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -67,7 +68,7 @@ class Signature(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Format:
+class Format(ABC):
     """How a family writes calls. `opens` begins them; where what follows is none, it is content up to `closes`.
 
     `markers`: what of it may be special tokens. `always`: answers without tools are written in it, too. `text_arguments`:
@@ -91,17 +92,17 @@ class Format:
             return f"call_{secrets.token_hex(12)}"
         return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(self.id_letters))
 
+    @abstractmethod
     def rules(self, marker: Marker, tools: Sequence[Signature], parallel: bool) -> str:
         """One call or more of these, as the model was taught to write them, in llguidance's words."""
-        raise NotImplementedError
 
     def answer(self, json_rule: str, marker: Marker) -> str | None:
         """The grammar of an answer that is JSON by a rule, where it does not stand alone."""
         return None
 
     def read(self, parser: Parser) -> Letters:
-        """What follows `opens`. Malformed where it is no call."""
-        raise NotImplementedError
+        """What follows `opens`. Malformed where it is no call; a family that reads whole answers in `text` has none."""
+        raise Malformed(f"{self.name} has no call alone")
 
     def text(self, parser: Parser) -> Letters:
         """A whole answer."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Iterable
 
 from openai.types import CompletionUsage
@@ -18,7 +19,7 @@ from duoserve.api.stream import PING, error_event
 from duoserve.service import End, Event, Request
 
 
-class Reply:
+class Reply(ABC):
     """One request's answer: `requests` of the service, and what becomes of what it tells."""
 
     requests: list[Request]
@@ -61,20 +62,20 @@ class Reply:
 
     # What a reply is made of
 
+    @abstractmethod
     def _hear(self, index: int, what: Event) -> None:
         """Something of a choice, for a whole reply."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _made(self) -> BaseModel:
         """The whole reply."""
-        raise NotImplementedError
 
     def _first(self) -> Iterable[bytes]:
         return ()
 
+    @abstractmethod
     def _tell(self, index: int, what: Event) -> Iterable[bytes]:
         """Something of a choice, as events."""
-        raise NotImplementedError
 
     def _last(self) -> Iterable[bytes]:
         return ()
