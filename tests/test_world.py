@@ -172,6 +172,7 @@ def test_single_worker_agents_of_torchrun_outlive_a_rank(tmp_path: Path) -> None
     run = Run.__new__(Run)
     run.folder, run.process = tmp_path, agents[0]
     run.await_files(*(f"rank-{rank}" for rank in range(3)))
+    run.process = next(agent for agent in agents if agent.pid != parent(run.pid(2)))  # ranks go by who comes first
     run.send(2, signal.SIGKILL)
     try:
         run.await_files("done-0", "done-1")  # the agents themselves wait five minutes more for the one that failed
@@ -180,6 +181,10 @@ def test_single_worker_agents_of_torchrun_outlive_a_rank(tmp_path: Path) -> None
         for agent in agents:
             agent.terminate()
             agent.communicate(timeout=60)
+
+
+def parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 def free_port() -> int:
