@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from duoserve import results
+from duoserve import flags, results
 from duoserve.board import compared, table
-from duoserve.config import POLICIES, EngineConfig, parse_share, parse_size, size
+from duoserve.config import POLICIES, parse_share, parse_size, size
 from duoserve.contest import PHASES, Contender, Course, Stop, Stopped, compete, stoppable
 from duoserve.core import Refusal, nearest
+from duoserve.flags import engine_options
 from duoserve.matrix import Matrix, Subject, our_contenders, peer_contenders, study, takes
 from duoserve.peers import chosen
 from duoserve.prompts import prompt_set
@@ -29,13 +30,12 @@ if TYPE_CHECKING:
 ROUTES = ("real", "uniform")
 STEADY = 3  # requests of a repetition
 MAX_BATCH, MAX_NEW = 1024, 1 << 20
-Model = Annotated[
-    str | None, typer.Argument(help="Hub id, checkpoint folder or expert store; the bundled demo if left out.")
-]
 
 
+@engine_options("format", "trunk", "dtype", "device", "link", "cache_dir", "threads", "kernels")
 def bench(
-    model: Model = None,
+    model: flags.Model = None,
+    *,
     policies: Annotated[str, typer.Option(help="Such as duoserve,lru,on-demand; or none.")] = "duoserve,lru,on-demand",
     residency: Annotated[str, typer.Option(help="Shares of the experts that have a slot.")] = "25%,50%",
     prompts: Annotated[
@@ -54,23 +54,11 @@ def bench(
         str, typer.Option(help="real, or uniform: random weights repeat themselves. Peers keep theirs.")
     ] = "real",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines instead of the table.")] = False,
-    format: Annotated[str | None, typer.Option(help="Experts as int4 (default), nf4 or bf16.")] = None,
-    trunk: Annotated[str | None, typer.Option(help="Trunk as int4 (default on the CPU), nf4 or bf16.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Arithmetic: bfloat16, float32 or float16.")] = None,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+    options: dict[str, Any],
     predictor: Annotated[str | None, typer.Option(help="What guesses for duoserve, as for `chat`.")] = None,
-    link: Annotated[str | None, typer.Option(help="Slow our copies to so many bytes per second.")] = None,
     limit_tokens: Annotated[int | None, typer.Option(min=1, help="Cut prompts to this many tokens.")] = None,
-    cache_dir: Annotated[str | None, typer.Option(help="Where converted stores are kept.")] = None,
-    threads: Annotated[int | None, typer.Option(help="Threads of arithmetic.")] = None,
-    kernels: Annotated[
-        Path | None, typer.Option("--kernels", help="What `dep kernels` measured here, as for `chat`.")
-    ] = None,
 ) -> None:
     """Compare policies, residencies and peers on real prompts: latency, speed, bytes, stalls, beside the physical limit."""
-    options: dict[str, Any] = {"format": format, "trunk": trunk, "dtype": dtype, "device": device, "link": link}
-    options |= {"cache_dir": cache_dir, "threads": threads, "kernels": str(kernels) if kernels is not None else None}
-    EngineConfig.of(**options)  # refuse before torch is imported, as all of this
     matrix = Matrix(
         policies=_policies(policies),
         residencies=_shares(residency),

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from duoserve import benching, dep, learning, serving, showing, simulating, tracing
+from duoserve import benching, dep, flags, learning, serving, showing, simulating, tracing
 from duoserve.config import EngineConfig, parse_size, size
 from duoserve.core import Refusal, nearest
+from duoserve.flags import engine_options
 from duoserve.pulse import pulsing
 from duoserve.version import __version__
 
@@ -38,43 +39,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Model = Annotated[
-    str | None, typer.Argument(help="Hub id, checkpoint folder or expert store; the bundled demo if left out.")
-]
-Budget = Annotated[
-    str | None,
-    typer.Option(help="Memory for trunk, slots and KV: 6GiB, 15% of the bf16 model, half of its experts, min."),
-]
-Format = Annotated[str | None, typer.Option(help="Experts as int4 (default), nf4 or bf16.")]
-Trunk = Annotated[
-    str | None, typer.Option(help="Attention, shared experts and head as int4 (default on the CPU), nf4 or bf16.")
-]
-Dtype = Annotated[str | None, typer.Option(help="Arithmetic and trunk: bfloat16, float32 or float16.")]
-DeviceName = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
-Ctx = Annotated[str | None, typer.Option(help="Tokens of context to plan for, such as 4096 or 32k.")]
-PolicyName = Annotated[
-    str,
-    typer.Option(
-        "--policy", help="duoserve; or, on the same slots, to compare with: lru, on-demand, lfp, mif, duoserve-paper."
-    ),
-]
-PredictorName = Annotated[
-    str | None,
-    typer.Option(
-        "--predictor", help="What guesses ahead: a folder that `train` wrote, gate, none. Default: the demo's own."
-    ),
-]
-Link = Annotated[
-    str | None, typer.Option(help="Slow copies to so many bytes per second, such as 500MB: for experiments, CPU only.")
-]
-Slots = Annotated[str | None, typer.Option(help="At most so many slots, or top-k: what one layer's token chooses.")]
-Threads = Annotated[int | None, typer.Option(help="Threads of arithmetic. Default: the real cores that may be used.")]
-Kernels = Annotated[
-    Path | None,
-    typer.Option("--kernels", help="What `dep kernels` measured here: unquantised experts by grouped products."),
-]
-CacheDir = Annotated[str | None, typer.Option(help="Where converted stores are kept.")]
-
 
 @app.callback()
 def _root(
@@ -85,49 +49,31 @@ def _root(
 
 
 @app.command()
+@engine_options()
 def chat(
-    model: Model = None,
+    model: flags.Model = None,
+    *,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Answer this once and leave.")] = None,
-    system: Annotated[str | None, typer.Option(help="A system message to begin with.")] = None,
-    budget: Budget = None,
-    format: Format = None,
-    trunk: Trunk = None,
-    dtype: Dtype = None,
-    device: DeviceName = "auto",
-    ctx: Ctx = None,
-    max_new_tokens: Annotated[int, typer.Option(help="At most this many tokens per answer.")] = 256,
-    temperature: Annotated[
-        float | None, typer.Option(help="Sampling temperature; 0 is greedy. Default: the model's own.")
-    ] = None,
-    top_p: Annotated[float | None, typer.Option(help="Sample from this share of the probability.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object with the figures as the last line.")
-    ] = False,
-    cache_dir: CacheDir = None,
-    threads: Threads = None,
-    policy: PolicyName = "duoserve",
-    predictor: PredictorName = None,
-    link: Link = None,
-    timeline: Annotated[
-        Path | None, typer.Option("--timeline", help="Record what happens when, for `duoserve timeline FILE`.")
-    ] = None,
-    slots: Slots = None,
-    kernels: Kernels = None,
+    system: flags.System = None,
+    options: dict[str, Any],
+    max_new_tokens: flags.MaxNewTokens = 256,
+    temperature: flags.Temperature = None,
+    top_p: flags.TopP = None,
+    seed: flags.Seed = None,
+    as_json: flags.FiguresAsJson = False,
+    predictor: flags.PredictorName = None,
+    timeline: flags.TimelineFile = None,
     url: Annotated[str | None, typer.Option(help="Talk to a server, such as http://127.0.0.1:8000, instead.")] = None,
     api_key: Annotated[
         str | None, typer.Option(envvar="DUOSERVE_API_KEY", show_default=False, help="What that server asks for.")
     ] = None,
 ) -> None:
     """Chat with a model in the terminal, or answer one --prompt."""
-    where = {"budget": budget, "format": format, "trunk": trunk, "dtype": dtype, "device": device, "ctx": ctx}
-    more = {"cache_dir": cache_dir, "threads": threads, "policy": policy, "link": link, "slots": slots}
-    more["kernels"] = str(kernels) if kernels is not None else None
     if timeline is not None and url is not None:
         raise Refusal("E_OPTION", "--timeline is the server's", "leave it out with --url")
     if timeline is not None and not timeline.parent.is_dir():  # said before a model is loaded
         raise Refusal("E_IO", f"{timeline.parent} is no folder", "give a file in one that is there")
-    with _conversation(model, where | more, predictor, system, url, api_key) as (chat, greeting):
+    with _conversation(model, options, predictor, system, url, api_key) as (chat, greeting):
         from duoserve import repl
 
         sampling = repl.sampling(max_new_tokens, temperature, top_p, seed)
@@ -161,23 +107,17 @@ def convert(
 
 
 @app.command()
+@engine_options("budget", "format", "trunk", "dtype", "device", "ctx")
 def plan(
-    model: Model = None,
-    budget: Budget = None,
-    format: Format = None,
-    trunk: Trunk = None,
-    dtype: Dtype = None,
-    device: DeviceName = "auto",
-    ctx: Ctx = None,
+    model: flags.Model = None,
+    *,
+    options: dict[str, Any],
     ram: Annotated[str | None, typer.Option(help="Plan as if this much memory were free, such as 24GiB.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    cache_dir: CacheDir = None,
-    predictor: PredictorName = None,
+    as_json: flags.AsJson = False,
+    cache_dir: flags.CacheDir = None,
+    predictor: flags.PredictorName = None,
 ) -> None:
     """What fits and what it will cost, from the config alone; loads and downloads no weights."""
-    options: dict[str, Any] = {"budget": budget, "format": format, "trunk": trunk, "dtype": dtype}
-    options |= {"device": device, "ctx": ctx}
-    EngineConfig.of(**options)  # refuse before torch is imported, as below
     if ram is not None:
         parse_size(ram, "ram")
     from duoserve import doctor as examiner
@@ -200,7 +140,7 @@ def plan(
 
 @app.command()
 def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: flags.AsJson = False,
     cache_dir: Annotated[str | None, typer.Option(help="Where stores are kept: the disk to be measured.")] = None,
 ) -> None:
     """This machine: versions, processor, memory, GPU, disk and link, what they do in a second, and what will hurt."""
@@ -244,8 +184,8 @@ def verify(store: Annotated[Path, typer.Argument(help="Folder of an expert store
 
 @app.command("ls")
 def list_stores(
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    cache_dir: CacheDir = None,
+    as_json: flags.AsJson = False,
+    cache_dir: flags.CacheDir = None,
 ) -> None:
     """List the converted stores in the cache, the last used first."""
     from duoserve import shelf
@@ -289,7 +229,7 @@ def remove_stores(
     partial: Annotated[bool, typer.Option("--partial", help="Those whose making was interrupted.")] = False,
     everything: Annotated[bool, typer.Option("--all", help="Every store in the cache.")] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
-    cache_dir: CacheDir = None,
+    cache_dir: flags.CacheDir = None,
 ) -> None:
     """Remove converted stores from the cache; checkpoints and stores elsewhere are not touched."""
     from duoserve import shelf
@@ -351,7 +291,6 @@ def _conversation(
 
 @contextmanager
 def _engine(model: str | None, options: dict[str, Any], predictor: str | None = None) -> Iterator[Engine]:
-    EngineConfig.of(**options)  # refuse before torch is imported
     if sys.stderr.isatty():
         print(f"loading {model or 'the demo'} ...", file=sys.stderr, flush=True)
     what = f"loading {model or 'the demo'}"

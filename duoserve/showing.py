@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from duoserve import flags
 from duoserve.core import Refusal
 from duoserve.lanes import Figures, Phase, figures, phases
 from duoserve.runfile import Run, read_run
@@ -24,7 +25,7 @@ def timeline(
         Path | None, typer.Option("--output", "-o", help="Write Chrome trace JSON, for ui.perfetto.dev.")
     ] = None,
     png: Annotated[Path | None, typer.Option("--png", help="Draw a picture.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: flags.AsJson = False,
     start: Annotated[float | None, typer.Option("--from", help="Look at what was later than this, ms.")] = None,
     end: Annotated[float | None, typer.Option("--to", help="Look at what was earlier than this, ms.")] = None,
     step: Annotated[int | None, typer.Option("--step", help="Look at this pass only, counted from 0.")] = None,

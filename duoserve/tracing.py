@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from duoserve.config import EngineConfig
+from duoserve import flags
 from duoserve.core import Phase, Refusal, Step
+from duoserve.flags import engine_options
 from duoserve.prompts import Prompt, read_prompts
 
 if TYPE_CHECKING:
@@ -25,13 +26,11 @@ if TYPE_CHECKING:
     from traces.record import Recorder
 
 INTERRUPTED = 130
-Model = Annotated[
-    str | None, typer.Argument(help="Hub id, checkpoint folder or expert store; the bundled demo if left out.")
-]
 
 
+@engine_options("budget", "format", "trunk", "dtype", "device", "ctx", "cache_dir", "threads")
 def trace(
-    model: Model = None,
+    model: flags.Model = None,
     *,
     prompts: Annotated[Path, typer.Option("--prompts", help="A .jsonl, .txt or .md file, or a folder of them.")],
     out: Annotated[Path, typer.Option("--output", "-o", help="A new folder for the trace.")],
@@ -42,19 +41,9 @@ def trace(
     limit_tokens: Annotated[
         int | None, typer.Option(min=1, help="Cut longer prompts to this many tokens; else they are refused.")
     ] = None,
-    budget: Annotated[str | None, typer.Option(help="Memory, as for `chat`.")] = None,
-    format: Annotated[str | None, typer.Option(help="Experts as int4 (default), nf4 or bf16.")] = None,
-    trunk: Annotated[str | None, typer.Option(help="Trunk as int4 (default on the CPU), nf4 or bf16.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Arithmetic: bfloat16, float32 or float16.")] = None,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
-    ctx: Annotated[str | None, typer.Option(help="Tokens of context to plan for.")] = None,
-    cache_dir: Annotated[str | None, typer.Option(help="Where converted stores are kept.")] = None,
-    threads: Annotated[int | None, typer.Option(help="Threads of arithmetic.")] = None,
+    options: dict[str, Any],
 ) -> None:
     """Run prompts and record what the model's routers decide, as Parquet, for `duoserve train` and `trace-stats`."""
-    options: dict[str, Any] = {"budget": budget, "format": format, "trunk": trunk, "dtype": dtype, "device": device}
-    options |= {"ctx": ctx, "cache_dir": cache_dir, "threads": threads}
-    EngineConfig.of(**options)  # refuse before torch is imported
     found = read_prompts(prompts)
     from traces.store import refuse_full
 
@@ -255,7 +244,7 @@ def _progress() -> Callable[[int, int, int], None]:
 
 def trace_stats(
     folder: Annotated[Path, typer.Argument(help="A folder that `duoserve trace` made.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: flags.AsJson = False,
     plots: Annotated[Path | None, typer.Option("--plots", help="A folder for pictures (PNG).")] = None,
 ) -> None:
     """What a trace says of a model's routers: popularity, affinity, entropy, reuse, repetition, and what LRU would hit."""

@@ -16,7 +16,7 @@ FLOORS = {
         *("folder", "foresight", "future", "headers", "hub", "int4", "native", "peers", "prompts", "published"),
         *("pulse", "results", "routers", "sampling", "sizing", "stopping", "system", "timeline", "version"),
     },
-    1: {"cache", "clock", "clockstream", "experts", "manifest", "road", "runfile", "shelf", "store", "trunk"},
+    1: {"cache", "clock", "clockstream", "experts", "flags", "manifest", "road", "runfile", "shelf", "store", "trunk"},
     2: {"board", "contest", "convert", "grouped", "lanes", "profile", "transfer"},
     3: {
         *("activation", "ahead", "chrometrace", "crowd", "decode", "estimate", "fleet", "paper", "picture", "prefill"),
@@ -178,7 +178,20 @@ def test_nothing_that_is_loaded_can_run_code(path: Path) -> None:
 
 
 def test_cache_and_core_import_no_torch() -> None:
-    for name in ("core", "cache", "config", "durable", "headers", "manifest", "shelf", "timeline", "runfile", "lanes"):
+    plain = (
+        "core",
+        "cache",
+        "config",
+        "durable",
+        "flags",
+        "headers",
+        "manifest",
+        "shelf",
+        "timeline",
+        "runfile",
+        "lanes",
+    )
+    for name in plain:
         assert not any(
             m == "torch" or m.startswith("torch.") for m in imports_at_runtime(ROOT / "duoserve" / f"{name}.py")
         )
