@@ -8,7 +8,6 @@ import errno
 import json
 import os
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,18 +15,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from duoserve import benching, dep, flags, learning, serving, showing, simulating, tracing
-from duoserve.config import EngineConfig, parse_size, size
+from duoserve import benching, dep, flags, learning, serving, shelving, showing, simulating, tracing
+from duoserve.config import EngineConfig, parse_size
 from duoserve.core import Refusal, nearest
 from duoserve.flags import engine_options
+from duoserve.progress import Interrupted, shown
 from duoserve.pulse import pulsing
 from duoserve.version import __version__
 
 if TYPE_CHECKING:
     from duoserve.conversation import Conversation
-    from duoserve.convert import Progress
     from duoserve.engine import Engine
-    from duoserve.shelf import Shelved
 
 INTERRUPTED = 130  # exit status
 
@@ -82,28 +80,6 @@ def chat(
                 repl.answer_once(chat, prompt, sampling, as_json)
             else:
                 repl.run(chat, greeting, sampling, as_json)
-
-
-@app.command()
-def convert(
-    model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id.")],
-    out: Annotated[Path, typer.Option("--output", "-o", help="Folder for the expert store.")],
-    format: Annotated[str, typer.Option(help="Experts as int4, nf4 or bf16.")] = "int4",
-    dtype: Annotated[
-        str | None, typer.Option(help="float32 keeps a float32 checkpoint's unquantised weights exact.")
-    ] = None,
-) -> None:
-    """Convert a checkpoint into an expert store; goes on where an interrupted conversion stopped."""
-    EngineConfig(format=format, dtype=dtype)  # refuse before torch is imported
-    from duoserve.checkpoint import check_config, quiet
-    from duoserve.convert import convert as make_store
-    from duoserve.hub import resolve
-
-    quiet()
-    with _progress() as progress:
-        folder = make_store(resolve(model, progress, check_config), out, format, dtype, progress)
-    total = sum(file.stat().st_size for file in folder.iterdir())
-    print(f"{folder}: {format} expert store, {size(total)}")
 
 
 @app.command()
@@ -162,106 +138,6 @@ def _print_rows(rows: list[tuple[str, str]]) -> None:
         print(f"{name:{width}s}{value}")
 
 
-@app.command()
-def verify(store: Annotated[Path, typer.Argument(help="Folder of an expert store.")]) -> None:
-    """Read every byte of an expert store and name whatever is not as it was written."""
-    from duoserve.manifest import is_store
-    from duoserve.store import Store
-
-    if not is_store(store):
-        raise Refusal("E_STORE", f"{store} has no manifest", "give the folder of an expert store", 3)
-    opened = Store(store)
-    problems = list(opened.verify())
-    for problem in problems:
-        print(problem)
-    if problems:
-        n = len(problems)
-        raise Refusal(
-            "E_CORRUPT", f"{n} of the store's parts are not as written, named above", "convert the model again", 5
-        )
-    print(f"{store}: {opened.n_experts} experts and {len(opened.files)} files as written")
-
-
-@app.command("ls")
-def list_stores(
-    as_json: flags.AsJson = False,
-    cache_dir: flags.CacheDir = None,
-) -> None:
-    """List the converted stores in the cache, the last used first."""
-    from duoserve import shelf
-
-    cache = shelf.cache_dir(cache_dir)
-    items = shelf.on_shelf(cache)
-    total = sum(item.n_bytes for item in items)
-    if as_json:
-        about = {"cache": str(cache), "total_bytes": total, "others": shelf.others(cache)}
-        print(json.dumps(about | {"stores": [item.to_json() for item in items]}))
-        return
-    _print_shelf(items)
-    print(f"{_stores(items)}, {size(total)}, in {_printable(str(cache))}")
-    for name in shelf.others(cache):
-        print(f"{_printable(name)} is no store")
-
-
-def _print_shelf(items: list[Shelved]) -> None:
-    """Plain columns: they go through pipes as well."""
-    rows = [("NAME", "MODEL", "FORMAT", "SIZE", "STATE", "LAST USED")] if items else []
-    for item in items:
-        state = item.state if item.pid is None else f"{item.state} by {item.pid or '?'}"
-        used = time.strftime("%Y-%m-%d %H:%M", time.localtime(item.used))
-        rows.append((_printable(item.name), item.model_type, item.format, size(item.n_bytes), state, used))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-
-
-def _stores(items: list[Shelved]) -> str:
-    return f"{len(items)} store{'s' * (len(items) != 1)}"
-
-
-def _printable(text: str) -> str:
-    return text if text.isprintable() else ascii(text)[1:-1]
-
-
-@app.command("rm")
-def remove_stores(
-    names: Annotated[list[str] | None, typer.Argument(help="Stores by name, or by the beginning of one.")] = None,
-    partial: Annotated[bool, typer.Option("--partial", help="Those whose making was interrupted.")] = False,
-    everything: Annotated[bool, typer.Option("--all", help="Every store in the cache.")] = False,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
-    cache_dir: flags.CacheDir = None,
-) -> None:
-    """Remove converted stores from the cache; checkpoints and stores elsewhere are not touched."""
-    from duoserve import shelf
-
-    if bool(names) + partial + everything != 1:
-        raise Refusal("E_USAGE", "say NAME..., --partial or --all, one of the three", "see `duoserve ls` for the names")
-    cache = shelf.cache_dir(cache_dir)
-    items = shelf.on_shelf(cache)
-    if partial:
-        chosen = [item for item in items if item.state == shelf.PARTIAL]
-    else:
-        chosen = items if everything else shelf.choose(items, names or ())
-    shelf.refuse_in_use(chosen)
-    if chosen and not yes:
-        _confirm(chosen)
-    freed = 0
-    for item in chosen:
-        freed += shelf.remove(item)
-        print(f"removed {_printable(item.name)}")
-    print(f"{_stores(chosen)} removed, {size(freed)} freed")
-
-
-def _confirm(chosen: list[Shelved]) -> None:
-    total = size(sum(item.n_bytes for item in chosen))
-    if not sys.stdin.isatty():
-        raise Refusal("E_CONFIRM", f"{_stores(chosen)} ({total}) would be removed, 0 confirmed", "add --yes")
-    for item in chosen:
-        print(f"  {_printable(item.name)}  {size(item.n_bytes)}")
-    if input(f"Remove {_stores(chosen)}, {total}? [y/N] ").strip().lower() not in ("y", "yes"):
-        raise typer.Abort
-
-
 @contextmanager
 def _conversation(
     model: str | None,
@@ -296,7 +172,7 @@ def _engine(model: str | None, options: dict[str, Any], predictor: str | None = 
     what = f"loading {model or 'the demo'}"
     with pulsing(what):  # torch takes its time
         from duoserve.opening import load
-    with _progress() as progress, pulsing(what, terminals=False) as pulse:
+    with shown() as progress, pulsing(what, terminals=False) as pulse:
         engine = load(model, progress=pulse.beside(progress), predictor=predictor, **options)
     try:
         yield engine
@@ -325,53 +201,7 @@ def _recorded(engine: Engine, path: Path | None, predictor: str | None) -> Itera
         print(f"recorded {path}: `duoserve timeline {path} --png picture.png` shows it", file=sys.stderr)
 
 
-class _Interrupted(Exception):
-    """Ctrl-C where it matters to know what of the work is lost."""
-
-
-@contextmanager
-def _progress() -> Iterator[Progress]:
-    """Progress of fetching and converting, both of which go on where they were interrupted."""
-    try:
-        with _shown_progress() as progress:
-            yield progress
-    except KeyboardInterrupt as interrupt:
-        raise _Interrupted("the same command goes on where it stopped") from interrupt
-
-
-@contextmanager
-def _shown_progress() -> Iterator[Progress]:
-    """Progress on stderr: a bar with ETA in a terminal, else a line every 5 s."""
-    if sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            DownloadColumn(),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task("", total=None)
-            yield lambda done, total, what: bar.update(task, completed=done, total=total, description=what)
-        return
-    began = said = time.monotonic()
-
-    def line(done: int, total: int, what: str) -> None:
-        nonlocal said
-        now = time.monotonic()
-        if not total:  # nothing to count: waiting for another process, which nobody else will say
-            print(what, file=sys.stderr, flush=True)
-        elif now - said >= 5:
-            said = now
-            left = f", {(now - began) * (total - done) / done:.0f} s left" if done else ""
-            print(f"{what}: {done >> 20} of {total >> 20} MiB{left}", file=sys.stderr, flush=True)
-
-    yield line
-
-
+shelving.register(app)
 tracing.register(app)
 learning.register(app)
 serving.register(app)
@@ -400,7 +230,7 @@ def _guarded() -> int:
         return _say(str(refusal), refusal.status)
     except typer.Exit as done:
         return int(done.exit_code)
-    except _Interrupted as why:
+    except Interrupted as why:
         return _say(f"interrupted; {why}", INTERRUPTED)
     except (KeyboardInterrupt, typer.Abort):
         return _say("interrupted", INTERRUPTED)

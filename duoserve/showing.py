@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from duoserve import flags
+from duoserve.columns import aligned
 from duoserve.core import Refusal
 from duoserve.lanes import Figures, Phase, figures, phases
 from duoserve.runfile import Run, read_run
@@ -79,12 +80,7 @@ def table(run: Run) -> list[str]:
     causes = sorted({cause for item in found for cause in item.stall_s})
     rows = [["track", "busy s", *(f"stall: {cause}" for cause in causes), "idle", "unknown", "wall", "busy"]]
     rows += [_row(item, causes) for item in found]
-    widths = [max(len(row[n]) for row in rows) for n in range(len(rows[0]))]
-    lines += [""] if lines[-1] else []
-    for row in rows:
-        cells = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        lines.append("  ".join([row[0].ljust(widths[0]), *cells]))
-    return lines
+    return [*lines, *([""] if lines[-1] else []), *aligned(rows, left=1)]
 
 
 def _row(item: Figures, causes: list[str]) -> list[str]:

@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from duoserve import flags
+from duoserve.columns import aligned
 from duoserve.core import Phase, Refusal, Step
 from duoserve.flags import engine_options
+from duoserve.progress import shown
 from duoserve.prompts import Prompt, read_prompts
 
 if TYPE_CHECKING:
@@ -50,7 +52,9 @@ def trace(
     refuse_full(out)
     from duoserve.engine import load
 
-    with load(model, progress=_loading(), **options) as engine:
+    with shown() as progress:
+        opened = load(model, progress=progress, **options)
+    with opened as engine:
         run = Run(new_tokens, batch, seed, limit_tokens, hidden)
         whole, written = record(engine, found, out, run, _progress())
     print(written)
@@ -206,19 +210,6 @@ def _slab_s(before: dict[str, Any], engine: Engine) -> float | None:
     return (after["link_busy_s"] - before["link_busy_s"]) / slabs if slabs else None
 
 
-def _loading() -> Callable[[int, int, str], None]:
-    """Of fetching and converting a model, a line every 5 s."""
-    said = time.monotonic()
-
-    def say(done: int, total: int, what: str) -> None:
-        nonlocal said
-        if not total or time.monotonic() - said >= 5:
-            said = time.monotonic()
-            print(f"{what}: {done >> 20} of {total >> 20} MiB" if total else what, file=sys.stderr, flush=True)
-
-    return say
-
-
 def _progress() -> Callable[[int, int, int], None]:
     """Of running prompts: rewritten in a terminal, else a line every 5 s."""
     began = said = time.monotonic()
@@ -261,10 +252,8 @@ def trace_stats(
     if as_json:
         print(json.dumps(stats.to_json(found)))
         return
-    rows = stats.table(found)
-    widths = [max(len(row[n]) for row in rows) for n in range(3)]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    for line in aligned(stats.table(found)):
+        print(line)
 
 
 def register(app: typer.Typer) -> None:

@@ -28,7 +28,7 @@ from dep_extension import calibrate
 from dep_extension.cost import Line, Machine, Split
 from dep_extension.kernel_choice import Point, Shape, Table
 from dep_extension.kernel_table import here
-from duoserve import checkpoint, cli, codec, peers, prompts, repl, results, shelf, tracing
+from duoserve import checkpoint, cli, codec, peers, prompts, repl, results, shelf, shelving, tracing
 from duoserve import serving as serving_
 from duoserve.api.grammar import check_schema, mask_for
 from duoserve.api.tools import check_tools, prepare
@@ -400,7 +400,7 @@ CASES: list[tuple[str, str, int, str, Callable[[Kit], Any]]] = [
      lambda k: [(c := k.checkpoint()), (c / "tokenizer.json").write_text("{")] and k.load(c)),
     ("E_TOKENIZER", "text without a tokenizer", 3, r"0 tokenizer files; pass input_ids",
      lambda k: k.load(k.toy("mixtral")).generate("x")),
-    ("E_STORE", "a folder that is no store", 3, r"has no manifest; give", lambda k: cli.verify(k.tmp)),
+    ("E_STORE", "a folder that is no store", 3, r"has no manifest; give", lambda k: shelving.verify(k.tmp)),
     ("E_STORE", "a manifest that is no JSON", 5, r"is not JSON.*convert",
      lambda k: look(k.store(lambda s: (s / "manifest.json").write_text("{") and None))),
     ("E_STORE", "another program's manifest", 5, r"not the manifest of an expert store; convert",
@@ -417,7 +417,7 @@ CASES: list[tuple[str, str, int, str, Callable[[Kit], Any]]] = [
      lambda k: look(k.store(lambda s: flip(s / "experts-000.safetensors", 20)))),
     ("E_CORRUPT", "a flipped bit in an expert", 5, r"expert 0 in .*has checksum .{8}, written was .{8}; check", first_touch),
     ("E_CORRUPT", "a store that does not verify", 5, r"1 of the store's parts .*; convert",
-     lambda k: cli.verify(k.store(lambda s: flip(s / "trunk.safetensors", 5000)))),
+     lambda k: shelving.verify(k.store(lambda s: flip(s / "trunk.safetensors", 5000)))),
     ("E_STRAY", "a file beside the store's", 5, r"extra\.json is no part of this store.*; remove it",
      lambda k: look(k.store(lambda s: (s / "extra.json").write_text("{}") and None))),
     ("E_NAME", "a store that is not there", 3, r"none of 0 stores .* 'x'; see", lambda k: shelf.choose([], ["x"])),

@@ -12,11 +12,38 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = {
     0: {
-        *("attention", "benefit", "cap", "checkpoint", "codec", "config", "core", "decisions", "device", "durable"),
-        *("folder", "foresight", "future", "headers", "hub", "int4", "native", "peers", "prompts", "published"),
+        *("attention", "benefit", "cap", "checkpoint", "codec", "columns", "config", "core", "decisions", "device"),
+        *(
+            "durable",
+            "folder",
+            "foresight",
+            "future",
+            "headers",
+            "hub",
+            "int4",
+            "native",
+            "peers",
+            "prompts",
+            "published",
+        ),
         *("pulse", "results", "routers", "sampling", "sizing", "stopping", "system", "timeline", "version"),
     },
-    1: {"cache", "clock", "clockstream", "experts", "flags", "manifest", "road", "runfile", "shelf", "store", "trunk"},
+    1: {
+        *(
+            "cache",
+            "clock",
+            "clockstream",
+            "experts",
+            "flags",
+            "manifest",
+            "progress",
+            "road",
+            "runfile",
+            "shelf",
+            "store",
+        ),
+        "trunk",
+    },
     2: {"board", "contest", "convert", "grouped", "lanes", "profile", "transfer"},
     3: {
         *("activation", "ahead", "chrometrace", "crowd", "decode", "estimate", "fleet", "paper", "picture", "prefill"),
@@ -30,7 +57,7 @@ FLOORS = {
     9: {"api", "doctor", "remote", "repl"},
     10: {"deppicture", "depsubject", "opening"},
     11: {
-        *("contender", "depcalibrate", "depsweep", "kernels", "learning", "matrix", "serving", "showing"),
+        *("contender", "depcalibrate", "depsweep", "kernels", "learning", "matrix", "serving", "shelving", "showing"),
         *("simulating", "tracing"),
     },
     12: {"benching", "dep"},
