@@ -13,41 +13,18 @@ ROOT = Path(__file__).parent.parent
 FLOORS = {
     0: {
         *("attention", "benefit", "cap", "checkpoint", "codec", "columns", "config", "core", "decisions", "device"),
-        *(
-            "durable",
-            "folder",
-            "foresight",
-            "future",
-            "headers",
-            "hub",
-            "int4",
-            "native",
-            "peers",
-            "prompts",
-            "published",
-        ),
-        *("pulse", "results", "routers", "sampling", "sizing", "stopping", "system", "timeline", "version"),
+        *("durable", "folder", "foresight", "future", "headers", "hub", "int4", "native", "peers", "prompts"),
+        *("published", "pulse", "results", "routers", "sampling", "sizing", "stopping", "system", "timeline"),
+        "version",
     },
     1: {
-        *(
-            "cache",
-            "clock",
-            "clockstream",
-            "experts",
-            "flags",
-            "manifest",
-            "progress",
-            "road",
-            "runfile",
-            "shelf",
-            "store",
-        ),
-        "trunk",
+        *("cache", "clock", "clockstream", "experts", "flags", "manifest", "progress", "road", "runfile"),
+        *("shelf", "store", "trunk"),
     },
     2: {"board", "contest", "convert", "grouped", "lanes", "profile", "transfer"},
     3: {
-        *("activation", "ahead", "chrometrace", "crowd", "decode", "estimate", "fleet", "paper", "picture", "prefill"),
-        *("sighted", "wholelayer"),
+        *("activation", "ahead", "chrometrace", "crowd", "decode", "estimate", "fleet", "paper", "picture"),
+        *("prefill", "sighted", "wholelayer"),
     },
     4: {"costing", "moe", "policies", "tally"},
     5: {"plan", "simulate", "together"},
@@ -57,8 +34,8 @@ FLOORS = {
     9: {"api", "doctor", "remote", "repl"},
     10: {"deppicture", "depsubject", "opening"},
     11: {
-        *("contender", "depcalibrate", "depsweep", "kernels", "learning", "matrix", "serving", "shelving", "showing"),
-        *("simulating", "tracing"),
+        *("contender", "depcalibrate", "depsweep", "kernels", "learning", "matrix", "serving", "shelving"),
+        *("showing", "simulating", "tracing"),
     },
     12: {"benching", "dep"},
     13: {"cli"},
@@ -92,6 +69,7 @@ SIDE_BY_SIDE = {
     ("config", "core"),
     ("decode", "ahead"),
     ("device", "core"),
+    ("device", "device"),
     ("device", "system"),
     ("device", "timeline"),
     ("folder", "core"),
@@ -188,9 +166,18 @@ def test_plans_and_exchanges_know_nothing_of_the_engine(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", files("duoserve"), ids=lambda p: p.stem)
-def test_only_device_names_cuda_pinning_and_threads(path: Path) -> None:
-    if path.name != "device.py":
+def test_only_the_devices_name_cuda_pinning_and_threads(path: Path) -> None:
+    if path.parent.name != "device":
         assert not MACHINE.search(path.read_text()), MACHINE.search(path.read_text())
+
+
+def test_the_devices_have_floors_and_know_nothing_of_each_other() -> None:
+    floors = {"events": 0, "streams": 1, "cpu": 2, "cuda": 2}
+    assert {path.stem for path in files("duoserve/device")} == {"__init__", *floors}
+    for name, floor in floors.items():
+        for module in imports(ROOT / "duoserve" / "device" / f"{name}.py"):
+            if module.startswith("duoserve.device"):
+                assert floors[module.split(".")[2]] < floor, f"{name}.py imports {module}"
 
 
 @pytest.mark.parametrize("path", files("duoserve", "predictor", "traces", "dep_extension"), ids=lambda p: p.stem)
