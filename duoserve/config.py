@@ -128,6 +128,11 @@ class EngineConfig:
         if self.ctx is not None and self.ctx < 1:
             raise Refusal("E_CTX", f"a context of {self.ctx} tokens holds nothing", "ask for at least 1")
 
+    @property
+    def made_as(self) -> str:
+        """The format that experts are converted to."""
+        return self.format or ("bf16" if self.dtype == "float32" else "int4")
+
     @classmethod
     def of(cls, **options: Any) -> EngineConfig:
         """Build from keyword options; dtype may be a torch dtype, ctx may read like `32k`."""

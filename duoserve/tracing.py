@@ -83,7 +83,7 @@ def record(engine: Engine, prompts: list[Prompt], out: Path, run: Run, progress:
         hidden=run.hidden, residency=engine.plan.residency,
         options=run._asdict() | {"format": engine.store.format, "trunk": engine.trunk},
     )  # fmt: skip
-    recorder = Recorder(out, known, engine.routers(), _ends(engine))
+    recorder = Recorder(out, known, engine.routers(), engine.ends)
     clock = _Clock()
     before = engine.stats()
     hook = engine.model.register_forward_pre_hook(clock.begin)
@@ -130,9 +130,10 @@ class _Batch(NamedTuple):
 
 def _batches(engine: Engine, prompts: list[Prompt], run: Run) -> list[_Batch]:
     """All prompts as tokens, padded on the left; refused here, before any has run."""
+    from duoserve.answer import padding
+
     encoded = [_encoded(engine, prompt, run.limit_tokens) for prompt in prompts]
-    config = engine.model.generation_config
-    pad = config.pad_token_id if config.pad_token_id is not None else next(iter(_ends(engine)), 0)
+    pad = padding(engine.model.generation_config) or 0
     found = []
     for at in range(0, len(prompts), run.batch):
         rows = encoded[at : at + run.batch]
@@ -160,11 +161,6 @@ def _encoded(engine: Engine, prompt: Prompt, limit: int | None) -> torch.Tensor:
         what = f"prompt {prompt.id!r} has {len(ids)} tokens, the context {engine.plan.ctx}"
         raise Refusal("E_CTX", what, "cut prompts with --limit-tokens, or raise --ctx", 4)
     return ids
-
-
-def _ends(engine: Engine) -> list[int]:
-    eos = engine.model.generation_config.eos_token_id
-    return eos if isinstance(eos, list) else [eos] if eos is not None else []
 
 
 def _choices(engine: Engine, batch: _Batch) -> list[int]:

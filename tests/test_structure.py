@@ -18,8 +18,8 @@ FLOORS = {
         "version",
     },
     1: {
-        *("cache", "clock", "clockstream", "experts", "flags", "manifest", "progress", "road", "runfile"),
-        *("shelf", "store", "trunk"),
+        *("answer", "cache", "clock", "clockstream", "experts", "flags", "manifest", "progress", "road", "runfile"),
+        *("shelf", "store", "tokenizer", "trunk"),
     },
     2: {"board", "contest", "convert", "grouped", "lanes", "profile", "transfer"},
     3: {
@@ -28,7 +28,7 @@ FLOORS = {
     },
     4: {"costing", "moe", "policies", "tally"},
     5: {"plan", "simulate", "together"},
-    6: {"model", "needs"},
+    6: {"loading", "model", "needs"},
     7: {"engine", "specimens"},
     8: {"conversation", "measure", "outlook", "service"},
     9: {"api", "doctor", "remote", "repl"},
