@@ -12,19 +12,19 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = {
     0: {
-        *("attention", "benefit", "cap", "checkpoint", "codec", "columns", "config", "core", "decisions", "device"),
-        *("durable", "folder", "foresight", "future", "headers", "hub", "int4", "native", "peers", "prompts"),
-        *("published", "pulse", "results", "routers", "sampling", "sizing", "stopping", "system", "timeline"),
-        "version",
+        *("attention", "benefit", "cap", "checkpoint", "codec", "config", "core", "decisions", "device", "durable"),
+        *("folder", "foresight", "future", "headers", "hub", "int4", "native", "peers", "prompts", "published"),
+        *("pulse", "results", "routers", "sampling", "sizing", "stopping", "system", "timeline", "version"),
+        "columns",
     },
     1: {
-        *("answer", "cache", "clock", "clockstream", "experts", "flags", "manifest", "progress", "road", "runfile"),
-        *("shelf", "store", "tokenizer", "trunk"),
+        *("cache", "clock", "clockstream", "experts", "manifest", "road", "runfile", "shelf", "store", "trunk"),
+        *("answer", "flags", "progress", "tokenizer"),
     },
     2: {"board", "contest", "convert", "grouped", "lanes", "profile", "transfer"},
     3: {
-        *("activation", "ahead", "chrometrace", "crowd", "decode", "estimate", "fleet", "paper", "picture"),
-        *("prefill", "sighted", "wholelayer"),
+        *("activation", "ahead", "chrometrace", "crowd", "decode", "estimate", "fleet", "paper", "picture", "prefill"),
+        *("sighted", "wholelayer"),
     },
     4: {"costing", "moe", "policies", "tally"},
     5: {"plan", "simulate", "together"},
@@ -34,8 +34,9 @@ FLOORS = {
     9: {"api", "doctor", "remote", "repl"},
     10: {"deppicture", "depsubject", "opening"},
     11: {
-        *("contender", "depcalibrate", "depsweep", "kernels", "learning", "matrix", "serving", "shelving"),
-        *("showing", "simulating", "tracing"),
+        *("contender", "depcalibrate", "depsweep", "kernels", "learning", "matrix", "serving", "showing"),
+        *("simulating", "tracing"),
+        "shelving",
     },
     12: {"benching", "dep"},
     13: {"cli"},
