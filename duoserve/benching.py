@@ -16,10 +16,10 @@ import typer
 
 from duoserve import flags, results
 from duoserve.board import compared, table
-from duoserve.config import POLICIES, parse_share, parse_size, size
+from duoserve.config import POLICIES, one_of, parse_share, parse_size, size
 from duoserve.contest import PHASES, Contender, Course, Stop, Stopped, compete, stoppable
-from duoserve.core import Refusal, nearest
-from duoserve.flags import engine_options
+from duoserve.core import Refusal
+from duoserve.flags import check_targets, engine_options
 from duoserve.matrix import Matrix, Subject, our_contenders, peer_contenders, study, takes
 from duoserve.peers import chosen
 from duoserve.prompts import prompt_set
@@ -66,7 +66,7 @@ def bench(
         batches=[_number("batch", text, MAX_BATCH) for text in batch.split(",")],
         peers=chosen(peers),
         cap=_cap(cap),
-        routes=_one_of("routes", routes, ROUTES),
+        routes=one_of("routes", routes, ROUTES),
         course=Course(_number("repetitions", repetitions, 1000), STEADY, _number("new-tokens", new_tokens, MAX_NEW, 2)),
         limit_tokens=limit_tokens,
         predictor=predictor,
@@ -74,8 +74,7 @@ def bench(
     if not matrix.policies and not matrix.peers:
         raise Refusal("E_OPTION", "0 policies and 0 peers are to be run", "name some: --policies duoserve")
     before = results.read(compare) if compare is not None else None
-    if output is not None and not output.absolute().parent.is_dir():
-        raise Refusal("E_IO", f"there is no folder {output.absolute().parent}", "give one that is there")
+    check_targets(output)
     found, status = _until_stopped(model, matrix, options)
     if output is not None:
         results.write(output, found)
@@ -207,7 +206,7 @@ def _git(*args: str) -> str | None:
 
 def _policies(text: str) -> list[str]:
     names = [] if text == "none" else [name.strip() for name in text.split(",")]
-    return [_one_of("policy", name, POLICIES) for name in names]
+    return [one_of("policy", name, POLICIES) for name in names]
 
 
 def _shares(text: str) -> list[float]:
@@ -216,12 +215,6 @@ def _shares(text: str) -> list[float]:
         if share > 1:
             raise Refusal("E_SIZE", f"residency {share:.0%} is more than 100%", "write it like 50%")
     return found
-
-
-def _one_of(what: str, name: str, known: tuple[str, ...]) -> str:
-    if name not in known:
-        raise Refusal("E_OPTION", f"unknown {what} {name!r}", nearest(name, known))
-    return name
 
 
 def _number(what: str, text: str | int, most: int, least: int = 1) -> int:

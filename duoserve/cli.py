@@ -18,7 +18,7 @@ import typer
 from duoserve import benching, dep, flags, learning, serving, shelving, showing, simulating, tracing
 from duoserve.config import EngineConfig, parse_size
 from duoserve.core import Refusal, nearest
-from duoserve.flags import engine_options
+from duoserve.flags import check_targets, engine_options
 from duoserve.progress import Interrupted, shown
 from duoserve.pulse import pulsing
 from duoserve.version import __version__
@@ -69,8 +69,7 @@ def chat(
     """Chat with a model in the terminal, or answer one --prompt."""
     if timeline is not None and url is not None:
         raise Refusal("E_OPTION", "--timeline is the server's", "leave it out with --url")
-    if timeline is not None and not timeline.parent.is_dir():  # said before a model is loaded
-        raise Refusal("E_IO", f"{timeline.parent} is no folder", "give a file in one that is there")
+    check_targets(timeline)
     with _conversation(model, options, predictor, system, url, api_key) as (chat, greeting):
         from duoserve import repl
 

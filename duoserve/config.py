@@ -16,6 +16,7 @@ MAX_SEQUENCES = 256
 POLICIES = tuple(policy.value for policy in Policy)
 TOP_K = "top-k"
 DEVICES = ("auto", "cpu", "cuda")
+KNOWN = {"format": FORMATS, "trunk": FORMATS, "dtype": DTYPES, "device": DEVICES, "policy": POLICIES}
 
 _UNITS = {"": 1, "b": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
@@ -67,6 +68,12 @@ def parse_count(text: str | int, what: str = "count") -> int:
     return int(match[1]) * {"": 1, "k": 1024, "m": 1024**2}[match[2]]
 
 
+def one_of(name: str, value: str, known: tuple[str, ...]) -> str:
+    if value not in known:
+        raise Refusal("E_OPTION", f"unknown {name} {value!r}", nearest(str(value), known))
+    return value
+
+
 class Flag(NamedTuple):
     """How a field stands on a command line: what it means there, and what it is written as."""
 
@@ -106,11 +113,9 @@ class EngineConfig:
     ] = None
 
     def __post_init__(self) -> None:
-        _one_of("format", self.format, FORMATS)
-        _one_of("trunk", self.trunk, FORMATS)
-        _one_of("dtype", self.dtype, DTYPES)
-        _one_of("device", self.device, DEVICES)
-        _one_of("policy", self.policy, POLICIES)
+        for name, known in KNOWN.items():
+            if (value := getattr(self, name)) is not None:
+                one_of(name, value, known)
         if self.link is not None:
             parse_size(self.link, "link")
         if self.slots is not None:
@@ -145,8 +150,3 @@ class EngineConfig:
         if options.get("ctx") is not None:
             options["ctx"] = parse_count(options["ctx"], "ctx")
         return cls(**options)
-
-
-def _one_of(name: str, value: str | None, known: tuple[str, ...]) -> None:
-    if value is not None and value not in known:
-        raise Refusal("E_OPTION", f"unknown {name} {value!r}", nearest(str(value), known))

@@ -34,8 +34,7 @@ def calibrate(
     """Time products, attention and exchanges here, fit lines, say how straight they are. Under 2 minutes."""
     from dep_extension.calibrate import measure, save, split_of
 
-    if not out.absolute().parent.is_dir():
-        raise Refusal("E_IO", f"{out.parent} is no folder", "give a file in one that is there")
+    flags.check_targets(out)
     try:
         asked = [split_of(word) for word in splits.split(",")]
         sizes = _sizes(model, max(split.eg for split in asked)) | ({} if longest is None else {"longest_s": longest})

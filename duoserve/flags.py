@@ -14,6 +14,7 @@ from typing import Annotated, Any, get_origin, get_type_hints
 import typer
 
 from duoserve.config import EngineConfig, Flag
+from duoserve.core import Refusal
 
 Command = Callable[..., None]
 ENGINE: dict[str, Flag] = {
@@ -42,6 +43,13 @@ MaxNewTokens = Annotated[int, typer.Option(help="At most this many tokens per an
 Temperature = Annotated[float | None, typer.Option(help="Sampling temperature; 0 is greedy. Default: the model's own.")]
 TopP = Annotated[float | None, typer.Option(help="Sample from this share of the probability.")]
 Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
+
+
+def check_targets(*paths: Path | None) -> None:
+    """Refuse files that cannot be written because their folder is not there: before anything is computed."""
+    for path in paths:
+        if path is not None and not path.absolute().parent.is_dir():
+            raise Refusal("E_IO", f"{path.parent} is no folder", "give a file in one that is there")
 
 
 def engine_options(*names: str, **meaning: str) -> Callable[[Command], Command]:

@@ -15,7 +15,7 @@ import typer
 
 from duoserve import flags
 from duoserve.core import Refusal
-from duoserve.flags import engine_options
+from duoserve.flags import check_targets, engine_options
 
 if TYPE_CHECKING:
     from dep_extension.kernel_choice import Point, Shape, Table
@@ -49,8 +49,7 @@ def kernels(
     """Measure grouped against dense products of a model's experts on this machine, for `chat --kernels FILE`."""
     if not 0 < seconds <= LONGEST_S:
         raise Refusal("E_OPTION", f"--seconds {seconds:g} is not between 0 and {LONGEST_S:g}", "leave it out")
-    if save is not None and not save.parent.is_dir():
-        raise Refusal("E_IO", f"{save.parent} is no folder", "give a file in one that is there")
+    check_targets(save)
     table = measured(model, **options, seconds=seconds, progress=sys.stderr.isatty())
     if save is not None:
         table.save(save)

@@ -1,5 +1,5 @@
-"""How far fetching and converting is, on stderr: a bar in a terminal, else lines. Knows bytes, seconds and a stream; knows
-nothing of what is fetched.
+"""How far something is, on stderr: bars and changing lines in a terminal, else lines. Knows bytes, shares, seconds and a
+stream; knows nothing of what is done.
 """
 
 from __future__ import annotations
@@ -10,6 +10,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from duoserve.pulse import Progress
+
+
+class Line:
+    """One line that changes in a terminal; elsewhere one more every 5 s. The last is always said."""
+
+    def __init__(self) -> None:
+        self._began, self._said = time.monotonic(), float("-inf")
+        self._terminal = sys.stderr.isatty()
+
+    def say(self, text: str, last: bool = False) -> None:
+        now = time.monotonic()
+        if now - self._said < (0.2 if self._terminal else 5) and not last:
+            return
+        self._said = now
+        shown, end = (f"\r\x1b[K{text}", "\n" * last) if self._terminal else (text, "\n")
+        print(shown, end=end, file=sys.stderr, flush=True)
+
+    def left(self, share: float) -> str:
+        """The time that the rest takes, where a `share` is done."""
+        return f"{(time.monotonic() - self._began) * (1 - share) / share:.0f} s left"
 
 
 class Interrupted(Exception):

@@ -351,8 +351,7 @@ def simulate(
 
 def _recorded(scene: Scene, passes: Sequence[Pass], path: Path, name: str, machine: str) -> Figures:
     """Simulate, and write what happened when."""
-    if not path.parent.is_dir():
-        raise Refusal("E_IO", f"{path.parent} is no folder", "give a file in one that is there")
+    flags.check_targets(path)
     from duoserve.runfile import Run, write_run
     from duoserve.timeline import Timeline
 

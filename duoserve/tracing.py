@@ -18,7 +18,7 @@ from duoserve import flags
 from duoserve.columns import aligned
 from duoserve.core import Phase, Refusal, Step
 from duoserve.flags import engine_options
-from duoserve.progress import shown
+from duoserve.progress import Line, shown
 from duoserve.prompts import Prompt, read_prompts
 
 if TYPE_CHECKING:
@@ -207,24 +207,11 @@ def _slab_s(before: dict[str, Any], engine: Engine) -> float | None:
 
 
 def _progress() -> Callable[[int, int, int], None]:
-    """Of running prompts: rewritten in a terminal, else a line every 5 s."""
-    began = said = time.monotonic()
-    terminal = sys.stderr.isatty()
+    """Of running prompts."""
+    line = Line()
 
     def say(done: int, total: int, rows: int) -> None:
-        nonlocal said
-        now = time.monotonic()
-        if now - said < (0.2 if terminal else 5) and not (terminal and done == total):
-            return
-        said = now
-        left = (now - began) * (total - done) / done
-        line = f"{done} of {total} prompts, {rows:,} rows written, {left:.0f} s left"
-        print(
-            f"\r\x1b[K{line}" if terminal else line,
-            end="\n" * (not terminal or done == total),
-            file=sys.stderr,
-            flush=True,
-        )
+        line.say(f"{done} of {total} prompts, {rows:,} rows written, {line.left(done / total)}", last=done == total)
 
     return say
 
