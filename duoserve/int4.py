@@ -10,15 +10,18 @@ packs; whatever is left below a whole tile is one narrower tile with its rows in
     tile32   byte [k * 16 + n % 16], low nibble row n, high nibble row n + 16       AVX2
     pair32   byte [k * 16 + n // 2], low nibble row n, high nibble row n + 1        all other CPUs
 
-native.py multiplies in bfloat16, any number of rows, where CPU and matrix are made for it. Elsewhere torch's kernel does,
-which is made for few rows of x: above `dense_rows` a stretch of the matrix is unpacked into scratch memory and multiplied
-there. Which one is a choice by shape, type and CPU alone, so that it is the same whatever the budget.
+native.py multiplies in bfloat16, any number of rows, where CPU and matrix are made for it. Elsewhere on a CPU torch's kernel
+does, and on a GPU triton_int4.py, which are made for few rows of x: above `dense_rows` a stretch of the matrix is unpacked
+into scratch memory and multiplied there. Which one is a choice by shape, type and processor alone, so that it is the same
+whatever the budget.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +30,8 @@ from duoserve import native
 
 CHUNK = 1 << 20  # elements quantised at a time: they stay in a core's cache
 SCRATCH_BYTES = 16 << 20  # 12 MiB and more are as fast (benchmarks/rows.py), 4 MiB a tenth slower
-_TILES = {"tile64": (64, True), "tile32": (32, True), "pair32": (32, False)}  # rows, halves (n, n + rows / 2) or pairs
-ORDERS = tuple(_TILES)
+TILES = {"tile64": (64, True), "tile32": (32, True), "pair32": (32, False)}  # rows, halves (n, n + rows / 2) or pairs
+ORDERS = tuple(TILES)
 _WORK = 1.5  # bytes per weight of scratch beside the unpacked values: a byte each, and half of that for one nibble
 
 # Rows of x from which unpacking wins, by what torch.backends.cpu calls the CPU; measured by benchmarks/rows.py. The kernel
@@ -74,6 +77,9 @@ class Int4Weight:
                 return y[:, : self.rows] if y.shape[1] != self.rows else y
         if x.shape[0] >= dense_rows(x.dtype, x.device.type):
             return self._unpacked_product(x)
+        if x.device.type == "cuda":
+            y = _gpu().linear(x, self.packed, self.scale_zero, self.group, *TILES[self.order])
+            return y[:, : self.rows]
         y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.packed, self.group, self.scale_zero)
         return y[:, : self.rows] if y.shape[1] != self.rows else y
 
@@ -98,7 +104,7 @@ class Int4Weight:
     def _stretches(self, dtype: torch.dtype) -> list[tuple[int, int]]:
         """Rows [start, stop) that are unpacked at a time: whole tiles as far as the scratch goes, then the narrow one."""
         n, k = self.packed.shape[0], self.packed.shape[1] * 2
-        tile = _TILES[self.order][0]
+        tile = TILES[self.order][0]
         whole = n // tile * tile
         most = max(tile, int(self.scratch.n_bytes / (k * (dtype.itemsize + _WORK))) // tile * tile)
         each = -(-whole // -(-whole // most) // tile) * tile if whole else tile  # equal stretches, no short last one
@@ -110,6 +116,10 @@ class Int4Weight:
         n, k = stop - start, self.packed.shape[1] * 2
         memory = self.scratch.take(int(n * k * (dtype.itemsize + _WORK)), self.packed.device)
         values, rest = memory[: n * k * dtype.itemsize].view(dtype), memory[n * k * dtype.itemsize :]
+        if self.packed.device.type == "cuda" and _gpu() is not None:
+            part = (self.packed[start:stop], self.scale_zero[:, start:stop], self.group)
+            _gpu().unpack(values.view(k, n), *part, *TILES[self.order])
+            return values.view(k, n)
         q_Kn = unpack(self.packed[start:stop], self.order, rest)
         w_GgN = values.view(k // self.group, self.group, n)
         w_GgN.copy_(q_Kn.sub_(8).view(w_GgN.shape))
@@ -151,7 +161,7 @@ def _rounded(w_NK: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor
 def unpack(packed: torch.Tensor, order: str, work: torch.Tensor | None = None) -> torch.Tensor:
     """The 4-bit values of whole tiles, or of one narrower tile, as an int8 view of (K, n); `work` takes 1.5 bytes each."""
     n, k = packed.shape[0], packed.shape[1] * 2
-    tile, halves = _TILES[order]
+    tile, halves = TILES[order]
     if n % tile:
         tile, halves = n, False
     if work is None:
@@ -168,7 +178,7 @@ def unpack(packed: torch.Tensor, order: str, work: torch.Tensor | None = None) -
 def pack(q_KN: torch.Tensor, order: str) -> torch.Tensor:
     """What `unpack` undoes, for matrices of any number of rows (a multiple of 16): (N, K / 2) uint8."""
     k, n = q_KN.shape
-    tile, halves = _TILES[order]
+    tile, halves = TILES[order]
     whole = n // tile * tile
     parts = [_packed(q_KN[:, :whole], tile, halves)] if whole else []
     parts += [_packed(q_KN[:, whole:], n - whole, False)] if whole < n else []
@@ -186,7 +196,7 @@ def reorder(packed: torch.Tensor, have: str, want: str) -> None:
     """Repack a whole matrix (N, K / 2) in place."""
     if have == want:
         return
-    tile = _TILES[have][0]
+    tile = TILES[have][0]
     whole = packed.shape[0] // tile * tile
     parts = [unpack(part, have) for part in (packed[:whole], packed[whole:]) if part.shape[0]]
     packed.copy_(pack(torch.cat(parts, dim=1), want))
@@ -200,11 +210,23 @@ def int4_order() -> str:
         torch.arange(64) % 16 ^ torch.arange(64) // 16
     )  # tells every row from its neighbours and from its halves
     found = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q_NK, 1).view(64, 16)
-    return next(order for order in _TILES if torch.equal(pack(q_NK.T, order), found))
+    return next(order for order in TILES if torch.equal(pack(q_NK.T, order), found))
+
+
+@cache
+def _gpu() -> Any:
+    """The GPU's kernels; None where there is no Triton, which torch brings with it wherever it brings CUDA."""
+    if find_spec("triton") is None:
+        return None
+    from duoserve import triton_int4
+
+    return triton_int4
 
 
 def dense_rows(dtype: torch.dtype, device: str = "cpu") -> int:
     """Rows of x from which a matrix is unpacked first."""
+    if device == "cuda" and _gpu() is not None:
+        return int(_gpu().MOST_ROWS) + 1
     if dtype != torch.bfloat16 or device != "cpu":
         return 1
     return _DENSE_ROWS.get(torch.backends.cpu.get_cpu_capability(), 1)

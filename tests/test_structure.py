@@ -14,8 +14,8 @@ FLOORS = {
     0: {
         *("attention", "benefit", "cap", "checkpoint", "codec", "config", "core", "decisions", "device", "durable"),
         *("folder", "foresight", "future", "headers", "hub", "int4", "native", "peers", "prompts", "published"),
-        *("pulse", "results", "routers", "sampling", "sizing", "stopping", "system", "timeline", "version"),
-        "columns",
+        *("pulse", "results", "routers", "sampling", "sizing", "stopping", "system", "timeline"),
+        *("columns", "triton_int4", "version"),
     },
     1: {
         *("cache", "clock", "clockstream", "experts", "manifest", "road", "runfile", "shelf", "store", "trunk"),
@@ -84,6 +84,7 @@ SIDE_BY_SIDE = {
     ("hub", "device"),
     ("hub", "folder"),
     ("int4", "native"),
+    ("int4", "triton_int4"),
     ("moe", "policies"),
     ("paper", "ahead"),
     ("peers", "core"),
