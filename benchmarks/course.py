@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 import duoserve
+from benchmarks import speed
 from duoserve.core import Key, Phase, Route, Step
 from duoserve.device import host_arena
 from duoserve.moe import OffloadedExperts
@@ -34,11 +34,7 @@ PROMPT = 48
 
 
 def make_model(folder: Path) -> Path:
-    if not (folder / "config.json").exists():
-        torch.manual_seed(0)
-        config = AutoConfig.for_model("mixtral", **MODEL)
-        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
-    return folder
+    return speed.make_model(folder, MODEL)
 
 
 def open_engine(folder: Path, slots: int, policy: str, rate: int | None, **more: Any) -> Any:

@@ -41,14 +41,14 @@ ROWS = "stock,bf16:all,int4:all,int4:half@900MB,int4:0.2@700MB"
 ROOM = 1024  # tokens of keys and values
 
 
-def make_model(folder: Path) -> Path:
-    """A random-weight Mixtral of 1.5 B parameters in the hub's layout."""
+def make_model(folder: Path, shape: dict[str, Any] = SHAPE) -> Path:
+    """A random-weight Mixtral in the hub's layout, of 1.5 B parameters unless the shape says otherwise."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     if not (folder / "config.json").exists():
         torch.manual_seed(0)
-        config = AutoConfig.for_model("mixtral", **SHAPE)
+        config = AutoConfig.for_model("mixtral", **shape)
         AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
     return folder
 

@@ -15,6 +15,18 @@ import typer
 
 from duoserve.config import EngineConfig
 from duoserve.core import Refusal
+from duoserve.flags import (
+    FiguresAsJson,
+    MaxNewTokens,
+    Model,
+    Seed,
+    System,
+    Temperature,
+    TopP,
+    engine_options,
+    parameter,
+    spread,
+)
 
 INTERRUPTED, LEFT = 130, 8  # exit status
 app = typer.Typer(
@@ -25,74 +37,60 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Model = Annotated[
-    str | None, typer.Argument(help="Hub id, checkpoint folder or expert store; the bundled demo if left out.")
-]
-AttentionRanks = Annotated[int | None, typer.Option(min=1, help="Ranks that attend. Default: the plan's, else 1.")]
-ExpertRanks = Annotated[
-    int | None, typer.Option(min=1, help="Ranks that hold experts. Default: the plan's, else the rest.")
-]
-PlanFile = Annotated[Path | None, typer.Option("--plan", help="A plan that `duoserve dep plan --save` wrote.")]
-R1 = Annotated[int | None, typer.Option("--r1", min=1, max=4096, help="Micro-batches. Default: the plan's, else 2.")]
-R2 = Annotated[int | None, typer.Option("--r2", min=1, max=4096, help="Chunks of one. Default: the plan's, else 1.")]
-OrderName = Annotated[str | None, typer.Option("--order", help="ASAS or AASS. Default: the plan's, else ASAS.")]
-Replicas = Annotated[
-    int | None, typer.Option(min=1, help="Expert ranks that hold each expert. Default: the plan's, else 1.")
-]
-KernelTable = Annotated[Path | None, typer.Option("--kernels", help="A table that `duoserve dep kernels` wrote here.")]
-Budget = Annotated[str | None, typer.Option(help="Memory of each rank: 6GiB; of its share's experts 50%, half or min.")]
-Format = Annotated[str | None, typer.Option(help="Experts as int4 (default), nf4 or bf16.")]
-Trunk = Annotated[str | None, typer.Option(help="Attention, shared experts and head as int4, nf4 or bf16.")]
-Dtype = Annotated[str | None, typer.Option(help="Arithmetic and trunk: bfloat16, float32 or float16.")]
-DeviceName = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
-Ctx = Annotated[str | None, typer.Option(help="Tokens of context to plan for, such as 4096 or 32k.")]
-Slots = Annotated[str | None, typer.Option(help="At most so many slots on each expert rank.")]
-Threads = Annotated[int | None, typer.Option(help="Threads of arithmetic of each rank.")]
-CacheDir = Annotated[str | None, typer.Option(help="Where converted stores are kept.")]
+_CUT = {
+    "attention_ranks": Annotated[
+        int | None, typer.Option(min=1, help="Ranks that attend. Default: the plan's, else 1.")
+    ],
+    "expert_ranks": Annotated[
+        int | None, typer.Option(min=1, help="Ranks that hold experts. Default: the plan's, else the rest.")
+    ],
+    "plan": Annotated[Path | None, typer.Option("--plan", help="A plan that `duoserve dep plan --save` wrote.")],
+    "r1": Annotated[
+        int | None, typer.Option("--r1", min=1, max=4096, help="Micro-batches. Default: the plan's, else 2.")
+    ],
+    "r2": Annotated[
+        int | None, typer.Option("--r2", min=1, max=4096, help="Chunks of one. Default: the plan's, else 1.")
+    ],
+    "order": Annotated[str | None, typer.Option("--order", help="ASAS or AASS. Default: the plan's, else ASAS.")],
+    "replicas": Annotated[
+        int | None, typer.Option(min=1, help="Expert ranks that hold each expert. Default: the plan's, else 1.")
+    ],
+}
 Interface = Annotated[str | None, typer.Option(help="The network that ranks talk over, like eth0. Default: loopback.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object with the figures as the last line.")]
+_how_cut = spread("cut", [parameter(name, kind) for name, kind in _CUT.items()], dict)
+_of_each_rank = engine_options(
+    *("budget", "format", "trunk", "dtype", "device", "ctx", "cache_dir", "threads", "slots", "kernels"),
+    budget="Memory of each rank: 6GiB; of its share's experts 50%, half or min.",
+    trunk="Attention, shared experts and head as int4, nf4 or bf16.",
+    threads="Threads of arithmetic of each rank.",
+    slots="At most so many slots on each expert rank.",
+    kernels="A table that `duoserve dep kernels` wrote here.",
+)
 
 
 @app.command()
+@_how_cut
+@_of_each_rank
 def generate(
     model: Model = None,
+    *,
     prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="Answer this; may be repeated.")] = None,
-    system: Annotated[str | None, typer.Option(help="A system message to begin with.")] = None,
-    attention_ranks: AttentionRanks = None,
-    expert_ranks: ExpertRanks = None,
-    plan: PlanFile = None,
-    r1: R1 = None,
-    r2: R2 = None,
-    order: OrderName = None,
-    replicas: Replicas = None,
-    budget: Budget = None,
-    format: Format = None,
-    trunk: Trunk = None,
-    dtype: Dtype = None,
-    device: DeviceName = "auto",
-    ctx: Ctx = None,
-    max_new_tokens: Annotated[int, typer.Option(help="At most this many tokens per answer.")] = 256,
-    temperature: Annotated[float | None, typer.Option(help="Sampling temperature; 0 is greedy.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Sample from this share of the probability.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
-    slots: Slots = None,
-    kernels: KernelTable = None,
-    threads: Threads = None,
-    cache_dir: CacheDir = None,
+    system: System = None,
+    cut: dict[str, Any],
+    options: dict[str, Any],
+    max_new_tokens: MaxNewTokens = 256,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    seed: Seed = None,
     interface: Interface = None,
-    as_json: AsJson = False,
+    as_json: FiguresAsJson = False,
 ) -> None:
     """Answer prompts, dealt to the attention ranks and their micro-batches; the first rank prints all answers."""
-    options: dict[str, Any] = {"budget": budget, "format": format, "trunk": trunk, "dtype": dtype, "device": device}
-    options |= {"ctx": ctx, "slots": slots, "threads": threads, "cache_dir": cache_dir}
-    options["kernels"] = str(kernels) if kernels is not None else None
-    config = EngineConfig.of(**options)
     from dep_extension import running
     from dep_extension.answering import Asked
 
     asked = Asked(tuple(prompt or ()), max_new_tokens, temperature, top_p, seed, system)
-    cut = running.Cutting(attention_ranks, expert_ranks, plan, r1, r2, order, replicas)
-    found = running.answer(model, config, cut, interface, asked)
+    found = running.answer(model, EngineConfig.of(**options), running.Cutting(**cut), interface, asked)
     if found is None:
         return
     for answer in found["answers"]:
@@ -102,42 +100,26 @@ def generate(
 
 
 @app.command()
+@_how_cut
+@_of_each_rank
 def bench(
     model: Model = None,
+    *,
     samples: Annotated[int, typer.Option(min=1, help="Prompts in all.")] = 8,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each.")] = 128,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to make of each; 1: prefill alone.")] = 16,
     trials: Annotated[int, typer.Option(min=1, help="Runs, after one to warm up.")] = 3,
-    attention_ranks: AttentionRanks = None,
-    expert_ranks: ExpertRanks = None,
-    plan: PlanFile = None,
-    r1: R1 = None,
-    r2: R2 = None,
-    order: OrderName = None,
-    replicas: Replicas = None,
-    budget: Budget = None,
-    format: Format = None,
-    trunk: Trunk = None,
-    dtype: Dtype = None,
-    device: DeviceName = "auto",
-    ctx: Ctx = None,
-    slots: Slots = None,
-    kernels: KernelTable = None,
-    threads: Threads = None,
-    cache_dir: CacheDir = None,
+    cut: dict[str, Any],
+    options: dict[str, Any],
     interface: Interface = None,
-    as_json: AsJson = False,
+    as_json: FiguresAsJson = False,
 ) -> None:
     """Time random prompts: tokens per second, and the seconds in which rows travel and nobody computes."""
-    options: dict[str, Any] = {"budget": budget, "format": format, "trunk": trunk, "dtype": dtype, "device": device}
-    options |= {"ctx": ctx, "slots": slots, "threads": threads, "cache_dir": cache_dir}
-    options["kernels"] = str(kernels) if kernels is not None else None
-    config = EngineConfig.of(**options)
     from dep_extension import running
     from dep_extension.spans import Load
 
-    cut = running.Cutting(attention_ranks, expert_ranks, plan, r1, r2, order, replicas)
-    found = running.time_it(model, config, cut, interface, Load(samples, prompt_tokens, new_tokens), trials)
+    load = Load(samples, prompt_tokens, new_tokens)
+    found = running.time_it(model, EngineConfig.of(**options), running.Cutting(**cut), interface, load, trials)
     if found is None:
         return
     if as_json:

@@ -17,8 +17,10 @@ import transformers
 
 from dep_extension.executor import AttentionSide, ExpertSide, Opened
 from dep_extension.world import World
+from duoserve.answer import ends as ends_of
+from duoserve.answer import padding
 from duoserve.core import Refusal
-from duoserve.engine import read_tokenizer
+from duoserve.tokenizer import read_tokenizer
 
 DEFAULT_NEW_TOKENS = 256
 
@@ -114,8 +116,7 @@ def works(side: AttentionSide, reader: Reader, asked: Asked, mine: Sequence[Sequ
 def answer(side: AttentionSide, reader: Reader, asked: Asked, ids: dict[int, list[int]]) -> list[Answer]:
     """Generate for one micro-batch: prompts padded on the left."""
     config, device = side.model.generation_config, side.device.torch_device
-    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    pad = config.pad_token_id if config.pad_token_id is not None else ends[0] or 0
+    ends, pad = ends_of(config), padding(config) or 0
     longest = max(map(len, ids.values()))
     padded = [[pad] * (longest - len(one)) + one for one in ids.values()]
     mask = [[0] * (longest - len(one)) + [1] * len(one) for one in ids.values()]

@@ -55,8 +55,6 @@ def _likely(scores_E: torch.Tensor, most: int) -> list[int]:
 class Ahead(Foresight):
     """One predictor's guesses for the passes of one model. Its state is guarded by the transfer's lock."""
 
-    likely = LIKELY
-
     def __init__(
         self,
         cache: ExpertCache,

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from duoserve import results
+from duoserve import flags, results
 from duoserve.board import compared, table
-from duoserve.config import POLICIES, EngineConfig, parse_share, parse_size, size
+from duoserve.config import POLICIES, one_of, parse_share, parse_size, size
 from duoserve.contest import PHASES, Contender, Course, Stop, Stopped, compete, stoppable
-from duoserve.core import Refusal, nearest
+from duoserve.core import Refusal
+from duoserve.flags import check_targets, engine_options
 from duoserve.matrix import Matrix, Subject, our_contenders, peer_contenders, study, takes
 from duoserve.peers import chosen
 from duoserve.prompts import prompt_set
@@ -29,13 +30,12 @@ if TYPE_CHECKING:
 ROUTES = ("real", "uniform")
 STEADY = 3  # requests of a repetition
 MAX_BATCH, MAX_NEW = 1024, 1 << 20
-Model = Annotated[
-    str | None, typer.Argument(help="Hub id, checkpoint folder or expert store; the bundled demo if left out.")
-]
 
 
+@engine_options("format", "trunk", "dtype", "device", "link", "cache_dir", "threads", "kernels")
 def bench(
-    model: Model = None,
+    model: flags.Model = None,
+    *,
     policies: Annotated[str, typer.Option(help="Such as duoserve,lru,on-demand; or none.")] = "duoserve,lru,on-demand",
     residency: Annotated[str, typer.Option(help="Shares of the experts that have a slot.")] = "25%,50%",
     prompts: Annotated[
@@ -54,23 +54,11 @@ def bench(
         str, typer.Option(help="real, or uniform: random weights repeat themselves. Peers keep theirs.")
     ] = "real",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines instead of the table.")] = False,
-    format: Annotated[str | None, typer.Option(help="Experts as int4 (default), nf4 or bf16.")] = None,
-    trunk: Annotated[str | None, typer.Option(help="Trunk as int4 (default on the CPU), nf4 or bf16.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Arithmetic: bfloat16, float32 or float16.")] = None,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+    options: dict[str, Any],
     predictor: Annotated[str | None, typer.Option(help="What guesses for duoserve, as for `chat`.")] = None,
-    link: Annotated[str | None, typer.Option(help="Slow our copies to so many bytes per second.")] = None,
     limit_tokens: Annotated[int | None, typer.Option(min=1, help="Cut prompts to this many tokens.")] = None,
-    cache_dir: Annotated[str | None, typer.Option(help="Where converted stores are kept.")] = None,
-    threads: Annotated[int | None, typer.Option(help="Threads of arithmetic.")] = None,
-    kernels: Annotated[
-        Path | None, typer.Option("--kernels", help="What `dep kernels` measured here, as for `chat`.")
-    ] = None,
 ) -> None:
     """Compare policies, residencies and peers on real prompts: latency, speed, bytes, stalls, beside the physical limit."""
-    options: dict[str, Any] = {"format": format, "trunk": trunk, "dtype": dtype, "device": device, "link": link}
-    options |= {"cache_dir": cache_dir, "threads": threads, "kernels": str(kernels) if kernels is not None else None}
-    EngineConfig.of(**options)  # refuse before torch is imported, as all of this
     matrix = Matrix(
         policies=_policies(policies),
         residencies=_shares(residency),
@@ -78,7 +66,7 @@ def bench(
         batches=[_number("batch", text, MAX_BATCH) for text in batch.split(",")],
         peers=chosen(peers),
         cap=_cap(cap),
-        routes=_one_of("routes", routes, ROUTES),
+        routes=one_of("routes", routes, ROUTES),
         course=Course(_number("repetitions", repetitions, 1000), STEADY, _number("new-tokens", new_tokens, MAX_NEW, 2)),
         limit_tokens=limit_tokens,
         predictor=predictor,
@@ -86,8 +74,7 @@ def bench(
     if not matrix.policies and not matrix.peers:
         raise Refusal("E_OPTION", "0 policies and 0 peers are to be run", "name some: --policies duoserve")
     before = results.read(compare) if compare is not None else None
-    if output is not None and not output.absolute().parent.is_dir():
-        raise Refusal("E_IO", f"there is no folder {output.absolute().parent}", "give one that is there")
+    check_targets(output)
     found, status = _until_stopped(model, matrix, options)
     if output is not None:
         results.write(output, found)
@@ -219,7 +206,7 @@ def _git(*args: str) -> str | None:
 
 def _policies(text: str) -> list[str]:
     names = [] if text == "none" else [name.strip() for name in text.split(",")]
-    return [_one_of("policy", name, POLICIES) for name in names]
+    return [one_of("policy", name, POLICIES) for name in names]
 
 
 def _shares(text: str) -> list[float]:
@@ -228,12 +215,6 @@ def _shares(text: str) -> list[float]:
         if share > 1:
             raise Refusal("E_SIZE", f"residency {share:.0%} is more than 100%", "write it like 50%")
     return found
-
-
-def _one_of(what: str, name: str, known: tuple[str, ...]) -> str:
-    if name not in known:
-        raise Refusal("E_OPTION", f"unknown {what} {name!r}", nearest(name, known))
-    return name
 
 
 def _number(what: str, text: str | int, most: int, least: int = 1) -> int:

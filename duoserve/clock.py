@@ -1,4 +1,4 @@
-"""A machine in virtual time: the same streams, lanes and events as `device.py`, and no thread, byte or second of its own.
+"""A machine in virtual time: the same streams, lanes and events as `device/`, and no thread, byte or second of its own.
 Knows seconds and bytes per second; knows nothing of experts, files or models.
 
 The host has a clock. Whatever takes host time (`spend`, inline compute, waiting) moves it, and on the way everything that

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, fields
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
 
 from duoserve.core import Policy, Refusal, nearest
 
@@ -15,6 +16,7 @@ MAX_SEQUENCES = 256
 POLICIES = tuple(policy.value for policy in Policy)
 TOP_K = "top-k"
 DEVICES = ("auto", "cpu", "cuda")
+KNOWN = {"format": FORMATS, "trunk": FORMATS, "dtype": DTYPES, "device": DEVICES, "policy": POLICIES}
 
 _UNITS = {"": 1, "b": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
@@ -66,30 +68,54 @@ def parse_count(text: str | int, what: str = "count") -> int:
     return int(match[1]) * {"": 1, "k": 1024, "m": 1024**2}[match[2]]
 
 
+def one_of(name: str, value: str, known: tuple[str, ...]) -> str:
+    if value not in known:
+        raise Refusal("E_OPTION", f"unknown {name} {value!r}", nearest(str(value), known))
+    return value
+
+
+class Flag(NamedTuple):
+    """How a field stands on a command line: what it means there, and what it is written as."""
+
+    help: str
+    written: type = str
+
+
 @dataclass(frozen=True)
 class EngineConfig:
-    """Options of `duoserve.load`; see there for their meaning."""
+    """Options of `duoserve.load`; see there for their meaning. Those with a `Flag` are options of commands, too."""
 
-    budget: str | int | None = None
-    format: str | None = None
-    trunk: str | None = None
-    dtype: str | None = None
-    device: str = "auto"
-    ctx: int | None = None
-    cache_dir: str | None = None
-    threads: int | None = None
-    policy: str = "duoserve"
-    link: str | int | None = None
-    slots: str | int | None = None
+    budget: Annotated[
+        str | int | None,
+        Flag("Memory for trunk, slots and KV: 6GiB, 15% of the bf16 model, half of its experts, min."),
+    ] = None
+    format: Annotated[str | None, Flag("Experts as int4 (default), nf4 or bf16.")] = None
+    trunk: Annotated[
+        str | None, Flag("Attention, shared experts and head as int4 (default on the CPU), nf4 or bf16.")
+    ] = None
+    dtype: Annotated[str | None, Flag("Arithmetic and trunk: bfloat16, float32 or float16.")] = None
+    device: Annotated[str, Flag("auto, cpu or cuda.")] = "auto"
+    ctx: Annotated[int | None, Flag("Tokens of context to plan for, such as 4096 or 32k.")] = None
+    cache_dir: Annotated[str | None, Flag("Where converted stores are kept.")] = None
+    threads: Annotated[int | None, Flag("Threads of arithmetic. Default: the real cores that may be used.", int)] = None
+    policy: Annotated[
+        str,
+        Flag("duoserve; or, on the same slots, to compare with: lru, on-demand, lfp, mif, duoserve-paper."),
+    ] = "duoserve"
+    link: Annotated[
+        str | int | None,
+        Flag("Slow copies to so many bytes per second, such as 500MB: for experiments, CPU only."),
+    ] = None
+    slots: Annotated[str | int | None, Flag("At most so many slots, or top-k: what one layer's token chooses.")] = None
     sequences: int = 1
-    kernels: str | None = None
+    kernels: Annotated[
+        str | None, Flag("What `dep kernels` measured here: unquantised experts by grouped products.", Path)
+    ] = None
 
     def __post_init__(self) -> None:
-        _one_of("format", self.format, FORMATS)
-        _one_of("trunk", self.trunk, FORMATS)
-        _one_of("dtype", self.dtype, DTYPES)
-        _one_of("device", self.device, DEVICES)
-        _one_of("policy", self.policy, POLICIES)
+        for name, known in KNOWN.items():
+            if (value := getattr(self, name)) is not None:
+                one_of(name, value, known)
         if self.link is not None:
             parse_size(self.link, "link")
         if self.slots is not None:
@@ -107,6 +133,11 @@ class EngineConfig:
         if self.ctx is not None and self.ctx < 1:
             raise Refusal("E_CTX", f"a context of {self.ctx} tokens holds nothing", "ask for at least 1")
 
+    @property
+    def made_as(self) -> str:
+        """The format that experts are converted to."""
+        return self.format or ("bf16" if self.dtype == "float32" else "int4")
+
     @classmethod
     def of(cls, **options: Any) -> EngineConfig:
         """Build from keyword options; dtype may be a torch dtype, ctx may read like `32k`."""
@@ -119,8 +150,3 @@ class EngineConfig:
         if options.get("ctx") is not None:
             options["ctx"] = parse_count(options["ctx"], "ctx")
         return cls(**options)
-
-
-def _one_of(name: str, value: str | None, known: tuple[str, ...]) -> None:
-    if value is not None and value not in known:
-        raise Refusal("E_OPTION", f"unknown {name} {value!r}", nearest(str(value), known))

@@ -17,8 +17,8 @@ import torch
 
 from duoserve.checkpoint import Checkpoint, ExpertsSpec
 from duoserve.codec import Layout, Param
-from duoserve.config import FORMATS
-from duoserve.core import Refusal, nearest
+from duoserve.config import FORMATS, one_of
+from duoserve.core import Refusal
 from duoserve.durable import LOCK, exclusive, replacing, sync_folder
 from duoserve.folder import SIDE_FILES, weight_files
 from duoserve.headers import read_json
@@ -67,8 +67,7 @@ class Conversion:
     @classmethod
     def of(cls, source: Path, format: str = "int4", dtype: str | None = None) -> Conversion:
         """What is not quantised is stored as the checkpoint has it, but float32 as bfloat16 unless `dtype` is "float32"."""
-        if format not in FORMATS:
-            raise Refusal("E_OPTION", f"unknown format {format!r}", nearest(format, FORMATS))
+        one_of("format", format, FORMATS)
         checkpoint = _opened(source)
         layouts = layouts_of(checkpoint.specs, format, dtype, str(checkpoint.dtype).removeprefix("torch."))
         return cls(checkpoint, format, layouts[0].plain, layouts)

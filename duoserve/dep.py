@@ -18,6 +18,7 @@ import typer
 from duoserve.config import parse_size, size
 from duoserve.core import Refusal
 from duoserve.depcalibrate import calibrate, costs
+from duoserve.flags import check_targets
 from duoserve.kernels import kernels
 
 if TYPE_CHECKING:
@@ -79,9 +80,7 @@ def plan(
     if split is not None and replicas is not None and replicas > split.eg:
         what = f"--replicas {replicas} on {split.eg} expert GPUs of --ratio {ratio}"
         raise Refusal("E_OPTION", what, "ask for no more replicas than expert GPUs")
-    for path in (save, png, perfetto):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise Refusal("E_IO", f"{path.parent} is no folder", "give a file in one that is there")
+    check_targets(save, png, perfetto)
     problem = _problem(model, machine, gpus, batch, length, max_r1, skew, link, memory)
     found = compare(problem, gpus, split, replicas)
     if found is None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from duoserve import flags
 from duoserve.config import size
 from duoserve.core import Refusal
 
@@ -28,13 +29,12 @@ def calibrate(
     device: Annotated[str, typer.Option(help="cpu (a process a rank, Gloo) or cuda (a GPU a rank, NCCL).")] = "cpu",
     model: Annotated[str | None, typer.Option(help="Shapes of this model. Default: small ones.")] = None,
     longest: Annotated[float | None, typer.Option(help="Seconds of a line's longest run.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: flags.AsJson = False,
 ) -> None:
     """Time products, attention and exchanges here, fit lines, say how straight they are. Under 2 minutes."""
     from dep_extension.calibrate import measure, save, split_of
 
-    if not out.absolute().parent.is_dir():
-        raise Refusal("E_IO", f"{out.parent} is no folder", "give a file in one that is there")
+    flags.check_targets(out)
     try:
         asked = [split_of(word) for word in splits.split(",")]
         sizes = _sizes(model, max(split.eg for split in asked)) | ({} if longest is None else {"longest_s": longest})

@@ -17,6 +17,7 @@ from dep_extension.imbalance import zipf
 from dep_extension.ratio import Row, Ways, rows_of, ways
 from dep_extension.solver import Problem
 from duoserve.core import Refusal
+from duoserve.flags import check_targets
 
 MOST_CELLS = 512
 _BOUNDS = {"gpus": (2, 4096), "length": (1, 1 << 20), "skew": (0.0, 4.0), "link-speed": (1e-3, 1e3)}
@@ -174,8 +175,7 @@ def to_json(cell: Cell) -> dict[str, Any]:
 
 
 def check_picture(grid: Grid, path: Path) -> None:
-    if not path.absolute().parent.is_dir():
-        raise Refusal("E_IO", f"{path.parent} is no folder", "give a file in one that is there")
+    check_targets(path)
     if len(grid.varying) not in (1, 2):
         raise Refusal(
             "E_OPTION", f"{len(grid.varying)} things vary, 1 or 2 can be drawn", "give fewer lists, or no --png"

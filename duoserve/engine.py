@@ -1,4 +1,4 @@
-"""Load a model and answer with it. Knows prompts, text, sampling and figures; knows nothing of slots or files."""
+"""Load a model and generate with it. Knows prompts, what an engine is made of, and its figures; knows no slots or files."""
 
 from __future__ import annotations
 
@@ -6,62 +6,34 @@ import contextlib
 import gc
 import os
 import threading
-import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from queue import SimpleQueue
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import transformers
 
+from duoserve.answer import Answer, Cancel, Meter, asked_tokens, check_options, ends, padding, room
 from duoserve.checkpoint import check_config, quiet, read_config
 from duoserve.config import EngineConfig, parse_size
-from duoserve.convert import Conversion, Progress, write_store
-from duoserve.core import Kernels, Policy, Predictor, Refusal, nearest
+from duoserve.convert import Progress
+from duoserve.core import Kernels, Policy, Predictor, Refusal
 from duoserve.device import Device, in_background, open_device
 from duoserve.future import Future
 from duoserve.hub import resolve
-from duoserve.manifest import is_store
+from duoserve.loading import DEMO, open_model
 from duoserve.model import load_model
 from duoserve.moe import Cancelled
-from duoserve.plan import Plan, check_memory, compute_dtype, default_budget, make_plan, trunk_format
+from duoserve.plan import Plan
 from duoserve.routers import Router, routers_of
-from duoserve.shelf import cache_dir, note_use, refuse_half_made
-from duoserve.sizing import CACHE
 from duoserve.store import Store
 from duoserve.system import give_back, use_threads
 from duoserve.timeline import Timeline
+from duoserve.tokenizer import Prompt, encode, read_tokenizer
 
-DEMO = Path(__file__).parent / "demo"
-DEFAULT_NEW_TOKENS = 512
-
-_OBJECTS = {"logits_processor", "stopping_criteria", "generation_config", "assistant_model", "past_key_values", CACHE}
-Prompt = str | Sequence[dict[str, str]]
-__all__ = ["Answer", "Engine", "load"]
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What came back, and how long it took. `finish` is "stop", "length" or "cancelled".
-
-    `ttft_s`: seconds from the call to the first token. `decode_tok_s`: tokens after the first, per second; None where
-    there was only one.
-    """
-
-    text: str
-    prompt_tokens: int
-    new_tokens: int
-    ttft_s: float
-    decode_tok_s: float | None
-    finish: str
-    token_ids: list[int] = field(default_factory=list, repr=False)
-
-    def __str__(self) -> str:
-        return self.text
+__all__ = ["DEMO", "Answer", "Engine", "load"]
 
 
 def load(
@@ -97,7 +69,7 @@ def load(
         device = open_device(config.device, parse_size(config.link, "link") if config.link is not None else None)
         unless_loaded.callback(device.close)
         extra = predictor.n_bytes if predictor is not None else 0
-        opened = _opened(folder, config, device, progress, "half" if model is None else None, extra)
+        opened = open_model(folder, config, device, progress, "half" if model is None else None, extra)
         unless_loaded.callback(opened.store.close)
         engine = Engine(*opened, device, Policy(config.policy), table)
         if predictor is not None:
@@ -106,64 +78,6 @@ def load(
         give_back()
         unless_loaded.pop_all()
         return engine
-
-
-class _Opened(NamedTuple):
-    store: Store
-    plan: Plan
-    dtype: torch.dtype
-    trunk: str  # format of the trunk's linears
-
-
-def _opened(
-    folder: Path,
-    config: EngineConfig,
-    device: Device,
-    progress: Progress | None,
-    default: str | None,
-    predictor_bytes: int,
-) -> _Opened:
-    """The store behind MODEL, converted if need be, but not before its plan is known to fit."""
-    if is_store(folder):
-        store = Store(folder)
-        note_use(folder)
-        try:
-            return _planned(store, config, device, default, predictor_bytes)
-        except BaseException:
-            store.close()
-            raise
-    refuse_half_made(folder)
-    format = config.format or ("bf16" if config.dtype == "float32" else "int4")
-    conversion = Conversion.of(folder, format, config.dtype)
-    dtype = compute_dtype(config.dtype, str(conversion.checkpoint.dtype).removeprefix("torch."))
-    read_tokenizer(folder)  # refuse before an hour of converting
-    trunk = trunk_format(config, format, dtype, device.name)
-    free, model_config = _free(device), conversion.checkpoint.config
-    plan = make_plan(conversion.size, model_config, dtype, config, free, default, trunk, predictor_bytes)
-    _check_memory(plan, device)
-    store = write_store(conversion, cache_dir(config.cache_dir) / conversion.name, progress)
-    note_use(store.folder)
-    return _Opened(store, plan, dtype, trunk)
-
-
-def _planned(store: Store, config: EngineConfig, device: Device, default: str | None, predictor_bytes: int) -> _Opened:
-    if config.format not in (None, store.format):
-        raise Refusal("E_FORMAT", f"the store is {store.format}, asked was {config.format}", "convert the checkpoint")
-    if config.dtype == "float32" == store.dtype and store.layouts[0].plain != "float32":
-        warnings.warn(
-            "the store rounded a float32 checkpoint to bfloat16; `duoserve convert --dtype float32` keeps it exact",
-            stacklevel=4,
-        )
-    dtype = compute_dtype(config.dtype, store.dtype)
-    trunk = trunk_format(config, store.format, dtype, device.name)
-    free, model_config = _free(device), read_config(store.folder)
-    plan = make_plan(store.size, model_config, dtype, config, free, default, trunk, predictor_bytes)
-    _check_memory(plan, device)
-    return _Opened(store, plan, dtype, trunk)
-
-
-def _check_memory(plan: Plan, device: Device) -> None:
-    check_memory(plan, device.free_bytes())
 
 
 class Engine:
@@ -213,8 +127,8 @@ class Engine:
             with torch.inference_mode(), self._turn:
                 return self.model.generate(**options)
         ids_1S = self.encode(prompt)
-        limit = self._room(ids_1S.shape[1], _asked(options, ids_1S.shape[1]))
-        meter = _Meter(self._text_tokenizer(), on_text)
+        limit = room(self.plan.ctx, ids_1S.shape[1], asked_tokens(options, ids_1S.shape[1]))
+        meter = Meter(self._text_tokenizer(), on_text)
         options = self._generation(options, meter, cancelled)
         with torch.inference_mode(), self._turn, self.runtime.following(on_layer, cancelled):
             meter.start()
@@ -252,32 +166,12 @@ class Engine:
 
     def encode(self, prompt: Prompt) -> torch.Tensor:
         """Token ids (1, S) of a text, or of messages through the model's chat template."""
-        tokenizer = self._text_tokenizer()
-        if isinstance(prompt, str):
-            ids = tokenizer(prompt.encode(errors="replace").decode(), return_tensors="pt")["input_ids"]
-        else:
-            ids = self._templated(tokenizer, list(prompt))
-        if ids.shape[1] == 0:
-            raise Refusal("E_PROMPT", "the prompt has 0 tokens", "write at least one word")
-        return ids.to(self.device.torch_device)
+        return encode(self._text_tokenizer(), prompt).to(self.device.torch_device)
 
-    def _templated(self, tokenizer: Any, messages: list[dict[str, str]]) -> torch.Tensor:
-        if not tokenizer.chat_template:
-            raise Refusal("E_TEMPLATE", "the model has 0 chat templates", "pass a text instead of messages")
-        if not messages or not all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in messages):
-            raise Refusal(
-                "E_TEMPLATE", f"{len(messages)} messages, or some that are none", 'pass {"role": ..., "content": ...}'
-            )
-        clean = [m | {"content": m["content"].encode(errors="replace").decode()} for m in messages]
-        try:
-            encoded = tokenizer.apply_chat_template(
-                clean, add_generation_prompt=True, return_tensors="pt", return_dict=True
-            )
-        except Exception as error:  # templates are programs of their authors
-            raise Refusal(
-                "E_TEMPLATE", f"the chat template refused {len(clean)} messages ({error})", "check the roles"
-            ) from error
-        return encoded["input_ids"]
+    @property
+    def ends(self) -> list[int]:
+        """Tokens that end an answer."""
+        return ends(self.model.generation_config)
 
     def foresee(self, future: Future) -> None:
         """The passes from the next one on will choose so: for `policy="belady"`, which replays what was recorded."""
@@ -394,46 +288,24 @@ class Engine:
             )
         return self.tokenizer
 
-    def _room(self, prompt_tokens: int, asked: int | None) -> int:
-        """How many tokens may be made: as many as asked, or as fit."""
-        room = self.plan.ctx - prompt_tokens
-        if room < 1:
-            raise Refusal(
-                "E_CTX",
-                f"the prompt has {prompt_tokens} tokens, the context {self.plan.ctx}",
-                "shorten it, or load with a larger --ctx",
-                4,
-            )
-        if asked is not None and asked < 1:
-            raise Refusal("E_OPTION", f"max_new_tokens={asked} leaves nothing to answer with", "ask for at least 1")
-        return min(room, DEFAULT_NEW_TOKENS if asked is None else asked)
-
     def _generation(
-        self, options: dict[str, Any], meter: _Meter, cancelled: Callable[[], bool] | None
+        self, options: dict[str, Any], meter: Meter, cancelled: Callable[[], bool] | None
     ) -> dict[str, Any]:
         """The user's options for transformers' generate, checked, with what we add to them."""
-        _check_options(options)
-        added: dict[str, Any] = {"pad_token_id": self._pad()}
+        check_options(options)
+        added: dict[str, Any] = {"pad_token_id": padding(self.model.generation_config)}
         if options.get("num_beams", 1) == 1:
             added["streamer"] = meter  # beams have no text until the end
         if "stop_strings" in options:
             added["tokenizer"] = self.tokenizer
         if cancelled:
-            stop = [*options.pop("stopping_criteria", []), _Cancel(cancelled)]
+            stop = [*options.pop("stopping_criteria", []), Cancel(cancelled)]
             added["stopping_criteria"] = transformers.StoppingCriteriaList(stop)
         return added | options
 
-    def _pad(self) -> int | None:
-        config = self.model.generation_config
-        if config.pad_token_id is not None:
-            return int(config.pad_token_id)
-        eos = config.eos_token_id
-        return eos[0] if isinstance(eos, list) else eos
-
-    def _answer(self, meter: _Meter, prompt_tokens: int, new_ids: torch.Tensor, limit: int, cancelled: bool) -> Answer:
+    def _answer(self, meter: Meter, prompt_tokens: int, new_ids: torch.Tensor, limit: int, cancelled: bool) -> Answer:
         n = int(new_ids.shape[0])
-        eos = self.model.generation_config.eos_token_id
-        ended = n > 0 and int(new_ids[-1]) in ((eos if isinstance(eos, list) else [eos]) if eos is not None else [])
+        ended = n > 0 and int(new_ids[-1]) in self.ends
         text = self._text_tokenizer().decode(new_ids, skip_special_tokens=True)
         finish = "stop" if ended else "cancelled" if cancelled else "length" if n >= limit else "stop"
         return Answer(text, prompt_tokens, n, meter.ttft_s, meter.rate(n), finish, new_ids.tolist())
@@ -448,83 +320,3 @@ def trunk_bytes(model: Any) -> int:
     """Bytes of everything of the model that is resident: parameters and buffers, tied ones once."""
     tensors = {t.data_ptr(): t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())}
     return sum(tensors.values())
-
-
-class _Meter(transformers.TextStreamer):
-    """Passes text on as it becomes whole words or lines, and notes when tokens came."""
-
-    def __init__(self, tokenizer: Any, on_text: Callable[[str], None] | None):
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self._on_text = on_text
-        self._began = self._first = self._latest = 0.0
-
-    def start(self) -> None:
-        self._began = time.perf_counter()
-
-    def put(self, value: torch.Tensor) -> None:
-        if not self.next_tokens_are_prompt:
-            self._latest = time.perf_counter()
-            self._first = self._first or self._latest
-        super().put(value)
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        if self._on_text and text:
-            self._on_text(text)
-
-    @property
-    def ttft_s(self) -> float:
-        return self._first - self._began if self._first else 0.0
-
-    def rate(self, n: int) -> float | None:
-        return (n - 1) / (self._latest - self._first) if n > 1 and self._latest > self._first else None
-
-
-class _Cancel(transformers.StoppingCriteria):
-    def __init__(self, cancelled: Callable[[], bool]):
-        self._cancelled = cancelled
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        return torch.full((input_ids.shape[0],), self._cancelled(), dtype=torch.bool, device=input_ids.device)
-
-
-def _asked(options: dict[str, Any], prompt_tokens: int) -> int | None:
-    """New tokens asked for, in whichever of transformers' ways; None where nothing was said."""
-    config = options.get("generation_config")
-    asked = options.pop("max_new_tokens", None)
-    if asked is None and options.get("max_length") is not None:
-        asked = max(0, options.pop("max_length") - prompt_tokens)
-    if asked is None and config is not None:
-        asked = config.max_new_tokens
-    return asked
-
-
-def _check_options(options: dict[str, Any]) -> None:
-    known = {name for name in transformers.GenerationConfig().to_dict() if not name.startswith("_")} | _OBJECTS
-    for name in options:
-        if name not in known:
-            raise Refusal("E_OPTION", f"unknown generation option {name!r}", nearest(name, sorted(known)))
-    if options.get("num_return_sequences", 1) != 1:
-        n = options["num_return_sequences"]
-        raise Refusal(
-            "E_OPTION", f"num_return_sequences={n}, an Answer holds 1", "call generate(input_ids=...) for tensors"
-        )
-    if options.get("return_dict_in_generate"):
-        raise Refusal(
-            "E_OPTION", "an Answer holds 0 scores", "call generate(input_ids=...) for transformers' own output"
-        )
-
-
-def read_tokenizer(folder: Path) -> Any:
-    if not any(folder.glob("tokenizer*")):
-        return None
-    try:
-        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-        raise Refusal(
-            "E_TOKENIZER", f"{folder} has a tokenizer that cannot be read ({reason})", "fetch it again", 5
-        ) from error
-
-
-def _free(device: Device) -> int:
-    return default_budget(device.name, device.free_bytes())

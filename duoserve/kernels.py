@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from duoserve.config import EngineConfig
+from duoserve import flags
 from duoserve.core import Refusal
+from duoserve.flags import check_targets, engine_options
 
 if TYPE_CHECKING:
     from dep_extension.kernel_choice import Point, Shape, Table
@@ -30,24 +31,26 @@ class Subject(NamedTuple):
     dtype: str
 
 
+@engine_options(
+    *("dtype", "device", "threads"),
+    dtype="Arithmetic: bfloat16, float32 or float16.",
+    threads="Threads of arithmetic, as the model will be run with.",
+)
 def kernels(
     model: Annotated[
         str | None, typer.Argument(help="Hub id, checkpoint folder, expert store or known name; the demo if left out.")
     ] = None,
+    *,
     save: Annotated[Path | None, typer.Option("--save", "-o", help="Write the table here, for `--kernels`.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Arithmetic: bfloat16, float32 or float16.")] = None,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
-    threads: Annotated[int | None, typer.Option(help="Threads of arithmetic, as the model will be run with.")] = None,
+    options: dict[str, Any],
     seconds: Annotated[float, typer.Option(help="Measure for about so long.")] = 100.0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: flags.AsJson = False,
 ) -> None:
     """Measure grouped against dense products of a model's experts on this machine, for `chat --kernels FILE`."""
-    EngineConfig(dtype=dtype, device=device, threads=threads)  # refuse before torch is imported
     if not 0 < seconds <= LONGEST_S:
         raise Refusal("E_OPTION", f"--seconds {seconds:g} is not between 0 and {LONGEST_S:g}", "leave it out")
-    if save is not None and not save.parent.is_dir():
-        raise Refusal("E_IO", f"{save.parent} is no folder", "give a file in one that is there")
-    table = measured(model, dtype, device, threads, seconds, progress=sys.stderr.isatty())
+    check_targets(save)
+    table = measured(model, **options, seconds=seconds, progress=sys.stderr.isatty())
     if save is not None:
         table.save(save)
     if as_json:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -83,13 +82,6 @@ def _covered(spans: Sequence[Span]) -> float:
         covered += max(0.0, span.end - max(span.start, until))
         until = max(until, span.end)
     return covered
-
-
-def overlaps(run: Run) -> list[tuple[Span, Span]]:
-    """Neighbours on one track of which the second begins before the first ends, by more than a clock's grain."""
-    return [
-        (a, b) for spans in by_track(run.spans).values() for a, b in pairwise(spans) if b.start < a.end - 2e-9
-    ]  # fmt: skip
 
 
 class Phase(NamedTuple):

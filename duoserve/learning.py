@@ -6,14 +6,14 @@ from __future__ import annotations
 
 import json
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from duoserve.core import Refusal
+from duoserve.progress import Line
 
 if TYPE_CHECKING:
     from predictor.evaluate import Entry, Report
@@ -50,7 +50,7 @@ def train(
     options = Options(
         kind, Options().epochs if epochs is None else epochs, seed, split, validation, test, lead, units, tokens
     )
-    predictor, training = learn(Traces(trace), options, _Told())
+    predictor, training = learn(Traces(trace), options, _told())
     save_folder(out, kind, predictor, training)
     size = (out / TENSORS).stat().st_size
     print(f"{kind}: {predictor.n_params:,} parameters, {size:,} bytes, from {training.rows:,} tokens: {out}")
@@ -62,24 +62,15 @@ def train(
 SURE = 0.005  # share done from which a guess at the time left is worth saying
 
 
-class _Told:
-    """Progress with the time left on stderr: in a terminal one line that changes, else a line every 5 s."""
+def _told() -> Callable[[str, float], None]:
+    """Progress with the time left."""
+    line = Line()
 
-    def __init__(self) -> None:
-        self._began = time.monotonic()
-        self._said = self._began - 5
+    def tell(what: str, share: float) -> None:
+        left = f", {line.left(share)}" if SURE < share < 1 else ""
+        line.say(f"{what}: {share:.0%}{left}", last=share >= 1)
 
-    def __call__(self, what: str, share: float) -> None:
-        now, terminal = time.monotonic(), sys.stderr.isatty()
-        if now - self._said < (0.2 if terminal else 5) and share < 1:
-            return
-        self._said = now
-        left = f", {(now - self._began) * (1 - share) / share:.0f} s left" if SURE < share < 1 else ""
-        line = f"{what}: {share:.0%}{left}"
-        if terminal:
-            print(f"\r\x1b[K{line}", end="\n" if share >= 1 else "", file=sys.stderr, flush=True)
-        else:
-            print(line, file=sys.stderr, flush=True)
+    return tell
 
 
 def evaluate(

@@ -139,9 +139,9 @@ def _tokens(engine: Engine, prompt: Prompt, most: int) -> list[int]:
 
 
 def _request(engine: Engine, rows: list[list[int]], first: int, batch: int) -> Request:
-    config = engine.model.generation_config
-    end = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
-    pad = config.pad_token_id if config.pad_token_id is not None else end or 0
+    from duoserve.answer import padding
+
+    pad = padding(engine.model.generation_config) or 0
     taken = [rows[(first + i) % len(rows)] for i in range(batch)]
     longest = max(map(len, taken))
     ids = [[pad] * (longest - len(row)) + row for row in taken]

@@ -129,18 +129,15 @@ def _shares(plan: Plan, host: int) -> Shares:
 def _subject(folder: Path, config: EngineConfig) -> Subject:
     if is_store(folder):
         return _made(folder, config)
-    format = config.format or ("bf16" if config.dtype == "float32" else "int4")
     if any(folder.glob("*.safetensors")):
-        return _from_weights(Conversion.of(folder, format, config.dtype))
-    return _from_config(read_config(folder), format, config.dtype)
+        return _from_weights(Conversion.of(folder, config.made_as, config.dtype))
+    return _from_config(read_config(folder), config.made_as, config.dtype)
 
 
 def _made(folder: Path, config: EngineConfig) -> Subject:
     store = Store(folder)
     try:
-        if config.format not in (None, store.format):
-            what = f"the store is {store.format}, asked was {config.format}"
-            raise Refusal("E_FORMAT", what, "convert the checkpoint")
+        store.check_format(config.format)
         layouts = [store.layout(i) for i in range(len(store.layers))]
         experts = [layer.n_experts for layer in store.layers]
         return Subject(read_config(folder), store.size, layouts, experts, store.format, store.dtype, "expert store")

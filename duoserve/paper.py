@@ -25,8 +25,6 @@ BUFFERS = 2
 class TopK(Ahead):
     """As many guesses as a token chooses experts, always. Wants guesses that wait for a slot and that stay."""
 
-    likely = float("-inf")
-
     def use(self, predictor: Predictor | None, always: bool) -> None:
         super().use(predictor, True)
 

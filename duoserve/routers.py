@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
@@ -92,16 +91,10 @@ def _first(modules: Any, *names: str) -> Any:
     return next((v for m in modules for n in names if (v := getattr(m, n, None)) is not None), None)
 
 
-def save_routers(path: Path, routers: list[Router | None]) -> None:
-    """As safetensors: the tensors by layer, the rest as metadata."""
-    tensors, about = routers_as_file(routers)
-    save_file(tensors, path, about)
-
-
 def routers_as_file(
     routers: list[Router | None], prefix: str = "router"
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """(tensors, metadata) of a safetensors file."""
+    """(tensors, metadata) of a safetensors file: the tensors by layer, the rest as metadata."""
     tensors: dict[str, torch.Tensor] = {}
     about = {f"{prefix}.layers": str(len(routers))}
     for layer, router in enumerate(routers):
@@ -117,7 +110,7 @@ def routers_as_file(
 
 
 def load_routers(path: Path, prefix: str = "router") -> list[Router | None]:
-    """What `save_routers` wrote; KeyError or ValueError where the file is no such thing."""
+    """What a file of `routers_as_file` says; KeyError or ValueError where the file is no such thing."""
     with safe_open(path, framework="pt") as file:
         about, names = file.metadata() or {}, set(file.keys())
         found: list[Router | None] = []

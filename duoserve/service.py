@@ -354,8 +354,7 @@ class Service:
     @property
     def ends(self) -> set[int]:
         """Tokens that end an answer."""
-        eos = self.engine.model.generation_config.eos_token_id
-        return set(eos if isinstance(eos, list) else [eos] if eos is not None else [])
+        return set(self.engine.ends)
 
     def _prompt_logprobs(self, request: Request) -> list[Logprob]:
         """Of each token of the prompt but the first, by what came before it."""

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from duoserve.config import EngineConfig
+from duoserve import flags
 from duoserve.core import Refusal
+from duoserve.flags import engine_options
 from duoserve.pulse import pulsing
 
 if TYPE_CHECKING:
@@ -29,13 +30,11 @@ DRAIN_S, AFTER_S = 30.0, 3.0  # for those under way to end; for their last words
 SWITCH_S = 0.0005  # the model's thread lets the one that answers run: Python's 5 ms are longer than a layer
 STALL_MS = 60_000  # how long a peer may leave what was sent unread before its connection is cut
 
-ModelName = Annotated[
-    str | None, typer.Argument(help="Hub id, checkpoint folder or expert store; the bundled demo if left out.")
-]
 
-
+@engine_options(ctx="Tokens of context of each request, such as 4096 or 32k.")
 def serve(
-    model: ModelName = None,
+    model: flags.Model = None,
+    *,
     host: Annotated[str, typer.Option(help="Where to listen. Beyond this machine only with --api-key.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
     api_key: Annotated[
@@ -51,31 +50,12 @@ def serve(
     name: Annotated[str | None, typer.Option(help="What callers say in `model`. Default: as MODEL.")] = None,
     allow_host: Annotated[list[str] | None, typer.Option(help="A further name that Host may have.")] = None,
     drain: Annotated[float, typer.Option(min=0, max=3600, help="Seconds for answers to end on SIGTERM.")] = DRAIN_S,
-    budget: Annotated[str | None, typer.Option(help="Memory for trunk, slots and KV, as for `chat`.")] = None,
-    format: Annotated[str | None, typer.Option(help="Experts as int4 (default), nf4 or bf16.")] = None,
-    trunk: Annotated[str | None, typer.Option(help="Trunk as int4 (default on the CPU), nf4 or bf16.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Arithmetic: bfloat16, float32 or float16.")] = None,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
-    ctx: Annotated[str | None, typer.Option(help="Tokens of context of each request, such as 4096 or 32k.")] = None,
-    cache_dir: Annotated[str | None, typer.Option(help="Where converted stores are kept.")] = None,
-    threads: Annotated[int | None, typer.Option(help="Threads of arithmetic.")] = None,
-    policy: Annotated[
-        str, typer.Option("--policy", help="duoserve, or one to compare with, as for `chat`.")
-    ] = "duoserve",
-    predictor: Annotated[str | None, typer.Option("--predictor", help="A folder, gate or none, as for `chat`.")] = None,
-    slots: Annotated[str | None, typer.Option(help="At most so many slots, or top-k, as for `chat`.")] = None,
-    link: Annotated[str | None, typer.Option(help="Slow copies to so many bytes per second: experiments.")] = None,
-    kernels: Annotated[
-        Path | None, typer.Option("--kernels", help="What `dep kernels` measured here, as for `chat`.")
-    ] = None,
+    options: dict[str, Any],
+    predictor: flags.PredictorName = None,
 ) -> None:
     """Serve a model with OpenAI's API, /metrics and a page, on this machine unless told otherwise."""
-    options: dict[str, Any] = {"budget": budget, "format": format, "trunk": trunk, "dtype": dtype, "device": device}
-    options |= {"ctx": ctx, "cache_dir": cache_dir, "threads": threads, "policy": policy, "link": link}
-    options["slots"], options["kernels"] = slots, str(kernels) if kernels is not None else None
-    sys.setswitchinterval(SWITCH_S)
     options["sequences"] = parallel
-    EngineConfig.of(**options)  # refuse before torch is imported
+    sys.setswitchinterval(SWITCH_S)
     _check_key(host, api_key)
     with _listening(host, port) as listener:
         from duoserve.api.host import Host

@@ -11,6 +11,8 @@ from typing import Annotated
 
 import typer
 
+from duoserve import flags
+from duoserve.columns import aligned
 from duoserve.core import Refusal
 from duoserve.lanes import Figures, Phase, figures, phases
 from duoserve.runfile import Run, read_run
@@ -24,7 +26,7 @@ def timeline(
         Path | None, typer.Option("--output", "-o", help="Write Chrome trace JSON, for ui.perfetto.dev.")
     ] = None,
     png: Annotated[Path | None, typer.Option("--png", help="Draw a picture.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: flags.AsJson = False,
     start: Annotated[float | None, typer.Option("--from", help="Look at what was later than this, ms.")] = None,
     end: Annotated[float | None, typer.Option("--to", help="Look at what was earlier than this, ms.")] = None,
     step: Annotated[int | None, typer.Option("--step", help="Look at this pass only, counted from 0.")] = None,
@@ -78,12 +80,7 @@ def table(run: Run) -> list[str]:
     causes = sorted({cause for item in found for cause in item.stall_s})
     rows = [["track", "busy s", *(f"stall: {cause}" for cause in causes), "idle", "unknown", "wall", "busy"]]
     rows += [_row(item, causes) for item in found]
-    widths = [max(len(row[n]) for row in rows) for n in range(len(rows[0]))]
-    lines += [""] if lines[-1] else []
-    for row in rows:
-        cells = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        lines.append("  ".join([row[0].ljust(widths[0]), *cells]))
-    return lines
+    return [*lines, *([""] if lines[-1] else []), *aligned(rows, left=1)]
 
 
 def _row(item: Figures, causes: list[str]) -> list[str]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
+from duoserve import flags
 from duoserve.config import POLICIES, parse_share, parse_size, size
 from duoserve.core import Phase, Policy, Refusal, nearest
 
@@ -313,10 +314,8 @@ def simulate(
     ] = None,
     format: Annotated[str | None, typer.Option(help="Experts as int4, nf4, fp8 or bf16. Default: the model's.")] = None,
     trunk: Annotated[str | None, typer.Option(help="Trunk as int4, nf4 or bf16. Default: the model's.")] = None,
-    timeline: Annotated[
-        Path | None, typer.Option("--timeline", help="Record what happens when, for `duoserve timeline FILE`.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    timeline: flags.TimelineFile = None,
+    as_json: flags.AsJson = False,
     cache_dir: Annotated[str | None, typer.Option(help="Where `doctor` left this machine's profile.")] = None,
 ) -> None:
     """What a model would do on a machine that is not here: the same schedules in virtual time. Measures nothing."""
@@ -352,8 +351,7 @@ def simulate(
 
 def _recorded(scene: Scene, passes: Sequence[Pass], path: Path, name: str, machine: str) -> Figures:
     """Simulate, and write what happened when."""
-    if not path.parent.is_dir():
-        raise Refusal("E_IO", f"{path.parent} is no folder", "give a file in one that is there")
+    flags.check_targets(path)
     from duoserve.runfile import Run, write_run
     from duoserve.timeline import Timeline
 

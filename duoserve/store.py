@@ -81,6 +81,12 @@ class Store:
                 raise
             raise Refusal("E_STORE", f"{folder / MANIFEST} is incomplete ({error!r})", REMEDY, 5) from error
 
+    def check_format(self, asked: str | None) -> None:
+        """Refuse what experts were not stored as; None asks nothing."""
+        if asked not in (None, self.format):
+            what = f"the store is {self.format}, asked was {asked}"
+            raise Refusal("E_FORMAT", what, "convert the checkpoint")
+
     @property
     def trunk(self) -> Path:
         return self.folder / TRUNK

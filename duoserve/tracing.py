@@ -14,8 +14,11 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from duoserve.config import EngineConfig
+from duoserve import flags
+from duoserve.columns import aligned
 from duoserve.core import Phase, Refusal, Step
+from duoserve.flags import engine_options
+from duoserve.progress import Line, shown
 from duoserve.prompts import Prompt, read_prompts
 
 if TYPE_CHECKING:
@@ -25,13 +28,11 @@ if TYPE_CHECKING:
     from traces.record import Recorder
 
 INTERRUPTED = 130
-Model = Annotated[
-    str | None, typer.Argument(help="Hub id, checkpoint folder or expert store; the bundled demo if left out.")
-]
 
 
+@engine_options("budget", "format", "trunk", "dtype", "device", "ctx", "cache_dir", "threads")
 def trace(
-    model: Model = None,
+    model: flags.Model = None,
     *,
     prompts: Annotated[Path, typer.Option("--prompts", help="A .jsonl, .txt or .md file, or a folder of them.")],
     out: Annotated[Path, typer.Option("--output", "-o", help="A new folder for the trace.")],
@@ -42,26 +43,18 @@ def trace(
     limit_tokens: Annotated[
         int | None, typer.Option(min=1, help="Cut longer prompts to this many tokens; else they are refused.")
     ] = None,
-    budget: Annotated[str | None, typer.Option(help="Memory, as for `chat`.")] = None,
-    format: Annotated[str | None, typer.Option(help="Experts as int4 (default), nf4 or bf16.")] = None,
-    trunk: Annotated[str | None, typer.Option(help="Trunk as int4 (default on the CPU), nf4 or bf16.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Arithmetic: bfloat16, float32 or float16.")] = None,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
-    ctx: Annotated[str | None, typer.Option(help="Tokens of context to plan for.")] = None,
-    cache_dir: Annotated[str | None, typer.Option(help="Where converted stores are kept.")] = None,
-    threads: Annotated[int | None, typer.Option(help="Threads of arithmetic.")] = None,
+    options: dict[str, Any],
 ) -> None:
     """Run prompts and record what the model's routers decide, as Parquet, for `duoserve train` and `trace-stats`."""
-    options: dict[str, Any] = {"budget": budget, "format": format, "trunk": trunk, "dtype": dtype, "device": device}
-    options |= {"ctx": ctx, "cache_dir": cache_dir, "threads": threads}
-    EngineConfig.of(**options)  # refuse before torch is imported
     found = read_prompts(prompts)
     from traces.store import refuse_full
 
     refuse_full(out)
     from duoserve.engine import load
 
-    with load(model, progress=_loading(), **options) as engine:
+    with shown() as progress:
+        opened = load(model, progress=progress, **options)
+    with opened as engine:
         run = Run(new_tokens, batch, seed, limit_tokens, hidden)
         whole, written = record(engine, found, out, run, _progress())
     print(written)
@@ -90,7 +83,7 @@ def record(engine: Engine, prompts: list[Prompt], out: Path, run: Run, progress:
         hidden=run.hidden, residency=engine.plan.residency,
         options=run._asdict() | {"format": engine.store.format, "trunk": engine.trunk},
     )  # fmt: skip
-    recorder = Recorder(out, known, engine.routers(), _ends(engine))
+    recorder = Recorder(out, known, engine.routers(), engine.ends)
     clock = _Clock()
     before = engine.stats()
     hook = engine.model.register_forward_pre_hook(clock.begin)
@@ -137,9 +130,10 @@ class _Batch(NamedTuple):
 
 def _batches(engine: Engine, prompts: list[Prompt], run: Run) -> list[_Batch]:
     """All prompts as tokens, padded on the left; refused here, before any has run."""
+    from duoserve.answer import padding
+
     encoded = [_encoded(engine, prompt, run.limit_tokens) for prompt in prompts]
-    config = engine.model.generation_config
-    pad = config.pad_token_id if config.pad_token_id is not None else next(iter(_ends(engine)), 0)
+    pad = padding(engine.model.generation_config) or 0
     found = []
     for at in range(0, len(prompts), run.batch):
         rows = encoded[at : at + run.batch]
@@ -167,11 +161,6 @@ def _encoded(engine: Engine, prompt: Prompt, limit: int | None) -> torch.Tensor:
         what = f"prompt {prompt.id!r} has {len(ids)} tokens, the context {engine.plan.ctx}"
         raise Refusal("E_CTX", what, "cut prompts with --limit-tokens, or raise --ctx", 4)
     return ids
-
-
-def _ends(engine: Engine) -> list[int]:
-    eos = engine.model.generation_config.eos_token_id
-    return eos if isinstance(eos, list) else [eos] if eos is not None else []
 
 
 def _choices(engine: Engine, batch: _Batch) -> list[int]:
@@ -217,45 +206,19 @@ def _slab_s(before: dict[str, Any], engine: Engine) -> float | None:
     return (after["link_busy_s"] - before["link_busy_s"]) / slabs if slabs else None
 
 
-def _loading() -> Callable[[int, int, str], None]:
-    """Of fetching and converting a model, a line every 5 s."""
-    said = time.monotonic()
-
-    def say(done: int, total: int, what: str) -> None:
-        nonlocal said
-        if not total or time.monotonic() - said >= 5:
-            said = time.monotonic()
-            print(f"{what}: {done >> 20} of {total >> 20} MiB" if total else what, file=sys.stderr, flush=True)
-
-    return say
-
-
 def _progress() -> Callable[[int, int, int], None]:
-    """Of running prompts: rewritten in a terminal, else a line every 5 s."""
-    began = said = time.monotonic()
-    terminal = sys.stderr.isatty()
+    """Of running prompts."""
+    line = Line()
 
     def say(done: int, total: int, rows: int) -> None:
-        nonlocal said
-        now = time.monotonic()
-        if now - said < (0.2 if terminal else 5) and not (terminal and done == total):
-            return
-        said = now
-        left = (now - began) * (total - done) / done
-        line = f"{done} of {total} prompts, {rows:,} rows written, {left:.0f} s left"
-        print(
-            f"\r\x1b[K{line}" if terminal else line,
-            end="\n" * (not terminal or done == total),
-            file=sys.stderr,
-            flush=True,
-        )
+        line.say(f"{done} of {total} prompts, {rows:,} rows written, {line.left(done / total)}", last=done == total)
 
     return say
 
 
 def trace_stats(
     folder: Annotated[Path, typer.Argument(help="A folder that `duoserve trace` made.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: flags.AsJson = False,
     plots: Annotated[Path | None, typer.Option("--plots", help="A folder for pictures (PNG).")] = None,
 ) -> None:
     """What a trace says of a model's routers: popularity, affinity, entropy, reuse, repetition, and what LRU would hit."""
@@ -272,10 +235,8 @@ def trace_stats(
     if as_json:
         print(json.dumps(stats.to_json(found)))
         return
-    rows = stats.table(found)
-    widths = [max(len(row[n]) for row in rows) for n in range(3)]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    for line in aligned(stats.table(found)):
+        print(line)
 
 
 def register(app: typer.Typer) -> None:

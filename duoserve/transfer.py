@@ -338,7 +338,6 @@ class HostTier:
         self.memory = host_arena(n_slabs * self.slab_bytes)
         self._lock = threading.Lock()
         self.decisions = Decisions()
-        self.disk_reads = self.reads_ahead = 0
 
     def fill(self) -> None:
         """Read as many experts as fit, one of each layer in turn, then register the memory (pin after fill)."""
@@ -382,7 +381,6 @@ class HostTier:
             if offer is None or not self.decisions.said("free to read", _idle(offer)):
                 return
             slot = self._read(key, Lane.AHEAD)
-            self.reads_ahead += 1
             self.cache.unpin(slot)
 
     def hurry(self, key: Key) -> None:
@@ -401,7 +399,6 @@ class HostTier:
             lambda: self.store.read_into(key, into), (), former, lane, self.store.layout(key.layer).slab_bytes, key
         )
         slot.released = ()
-        self.disk_reads += 1
         return slot
 
     def _slab(self, slot: Slot) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ import torch
 import toys
 
 import duoserve
+from duoserve.convert import convert
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", min(2, os.cpu_count() or 1))))
 
@@ -56,3 +58,22 @@ def load(cache: Path) -> Any:
     yield open_engine
     for engine in opened:
         engine.close()
+
+
+@pytest.fixture(scope="session")
+def model(toy: Callable[..., Path]) -> Path:
+    """The checkpoint that `whole` and `store` are made of."""
+    return toy("qwen3_moe")
+
+
+@pytest.fixture(scope="session")
+def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An expert store, for reading alone."""
+    return convert(model, tmp_path_factory.mktemp("whole") / "s")
+
+
+@pytest.fixture
+def store(whole: Path, tmp_path: Path) -> Path:
+    """A copy of it that may be harmed."""
+    shutil.copytree(whole, tmp_path / "s")
+    return tmp_path / "s"

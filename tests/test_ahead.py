@@ -10,12 +10,13 @@ import pytest
 import torch
 import toys
 from guessers import Broken, Dice, Known
+from safetensors.torch import save_file
 from transformers.models.mixtral import modeling_mixtral
 from transformers.models.qwen3_moe import modeling_qwen3_moe
 
 from duoserve.cache import ExpertCache
 from duoserve.core import Key, Lane, Phase, Policy, Step, When
-from duoserve.routers import load_routers, routers_of, save_routers
+from duoserve.routers import load_routers, routers_as_file, routers_of
 
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 24, "eos_token_id": None, "pad_token_id": 0}
 
@@ -209,7 +210,8 @@ def test_a_router_on_its_own_input_chooses_what_it_chose(toy: Any, load: Any, tm
     looker = Looker(6)
     engine.predict(looker, always=True)
     greedy(engine, toys.ids(batch=4), max_new_tokens=8)
-    save_routers(tmp_path / "routers.safetensors", engine.routers())
+    tensors, about = routers_as_file(engine.routers())
+    save_file(tensors, tmp_path / "routers.safetensors", about)
     routers = load_routers(tmp_path / "routers.safetensors")
     assert len(routers) == len(engine.store.layers)
     for step in looker.steps:

@@ -39,7 +39,7 @@ def test_tokens_do_not_depend_on_the_budget_on_the_gpu(toy: Any, load: Any, form
 def test_a_pool_that_cannot_be_pinned_is_copied_pageable_with_one_warning(
     toy: Any, load: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("duoserve.device._register", lambda address, n_bytes: False)
+    monkeypatch.setattr("duoserve.device.cuda._register", lambda address, n_bytes: False)
     with pytest.warns(UserWarning, match="could be pinned") as warned:
         engine = load(toy("mixtral"), budget="min", device="cuda")
     assert len([w for w in warned if "could be pinned" in str(w.message)]) == 1

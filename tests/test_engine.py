@@ -1,8 +1,11 @@
-"""Prompts in, text and figures out."""
+"""Prompts in, text and figures out, also while they come about."""
 
 from __future__ import annotations
 
 import json
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +13,10 @@ import pytest
 import torch
 import toys
 
+from duoserve.api.live import snapshot
 from duoserve.conversation import Conversation
 from duoserve.core import Phase, Refusal, Step
+from duoserve.service import End, Request, Service
 
 
 @pytest.fixture(scope="module")
@@ -20,6 +25,13 @@ def engine(cache: Any) -> Any:
 
     with duoserve.load(cache_dir=str(cache)) as engine:
         yield engine
+
+
+@pytest.fixture
+def service(engine: Any) -> Iterator[Service]:
+    service = Service(engine)
+    yield service
+    service.close()
 
 
 GREEDY = {"do_sample": False, "max_new_tokens": 12}
@@ -224,3 +236,62 @@ def test_keys_and_values_are_planned_for_as_many_sequences_as_are_asked(tmp_path
         assert three.plan.kv_bytes == 3 * one.plan.kv_bytes
         assert three.plan.slots == one.plan.slots
         assert three.plan.holds(3, 64) and not one.plan.holds(3, 64)
+
+
+def test_a_look_is_what_the_engine_holds(engine: Any, service: Service) -> None:
+    engine.generate([{"role": "user", "content": "What is Git?"}], max_new_tokens=8, do_sample=False)
+    found = json.loads(json.dumps(snapshot(engine, service)))
+    cache, store = engine.runtime.cache, engine.store
+    assert found["experts_per_layer"] == [layer.n_experts for layer in store.layers]
+    held = {(layer, e) for layer, row in enumerate(found["state"]) for e, letter in enumerate(row) if letter != "."}
+    assert held == {tuple(key) for key in cache.keys()}
+    assert set("".join(found["state"])) <= set(found["states"])
+    assert set("".join(found["heat"])) <= set("0123456789") and "".join(found["heat"]).strip("0")
+    stats = engine.stats()
+    assert found["counts"]["hits"] == stats["hits"] and found["counts"]["misses"] == stats["misses"]
+    moved = sum(found["lanes"][lane]["done"] for lane in ("demand", "ahead"))
+    assert moved * store.slab_bytes == found["bytes_moved"] == stats["bytes_moved"]
+    assert sum(part["used"] for part in found["memory"]["parts"]) == stats["used_bytes"]
+    assert found["pass"] is None and found["requests"]["active"] == 0
+
+
+def test_a_look_names_what_is_flying(engine: Any, service: Service) -> None:
+    cache, store, read = engine.runtime.cache, engine.store, engine.store.read_into
+    stopped, go_on = threading.Event(), threading.Event()
+
+    def slow(key: Any, into: Any) -> None:
+        stopped.set()
+        assert go_on.wait(20)
+        read(key, into)
+
+    store.read_into = slow
+    thread = threading.Thread(target=lambda: engine.generate("Hi", max_new_tokens=2, do_sample=False))
+    try:
+        before = snapshot(engine, service)
+        thread.start()
+        assert stopped.wait(20)
+        found = snapshot(engine, service)
+    finally:
+        go_on.set()
+        thread.join()
+        store.read_into = read
+    demand = found["lanes"]["demand"]
+    flying = [*demand["flying"], *demand["next"]]
+    assert demand["flying"] and demand["done"] == before["lanes"]["demand"]["done"]
+    assert all(found["state"][layer][expert] == "a" for layer, expert in flying)
+    assert found["pass"] == {"phase": "prefill", "rows": found["pass"]["rows"], "layer": flying[0][0]}
+    after = snapshot(engine, service)
+    assert "a" not in "".join(after["state"]) and not after["lanes"]["demand"]["flying"]
+    cache.check()
+
+
+def test_how_far_a_prompt_was_read_is_told(engine: Any, service: Service) -> None:
+    ids, told = [5] * 600, []
+    ticket = service.submit(Request(ids, max_new=1), told.append)
+    seen = [(0, 600)]
+    while not told or not isinstance(told[-1], End):
+        seen += map(tuple, snapshot(engine, service)["requests"]["reading"])
+        time.sleep(0.002)
+    assert [all_ for _, all_ in seen] == [600] * len(seen) and ticket.read == 600
+    reads = [read for read, _ in seen]
+    assert reads == sorted(reads) and 0 < reads[-1] <= 600

@@ -17,7 +17,6 @@ import pytest
 
 from duoserve import checkpoint
 from duoserve.checkpoint import Checkpoint
-from duoserve.convert import convert
 from duoserve.core import Refusal
 from duoserve.headers import MAX_HEADER
 from duoserve.manifest import MAX_MANIFEST
@@ -26,17 +25,6 @@ from duoserve.store import Store, file_checksum
 TRUNK, LAYER = "trunk.safetensors", "experts-001.safetensors"
 MUTATIONS = 20_000
 Change = Callable[[Any], Any]
-
-
-@pytest.fixture(scope="module")
-def whole(toy: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return convert(toy("qwen3_moe"), tmp_path_factory.mktemp("whole") / "s", "int4")
-
-
-@pytest.fixture
-def store(whole: Path, tmp_path: Path) -> Path:
-    shutil.copytree(whole, tmp_path / "s")
-    return tmp_path / "s"
 
 
 def manifest(folder: Path) -> Any:

@@ -160,7 +160,7 @@ def test_the_command_writes_what_an_engine_reads(
     toy: Any, load: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "table.json"
-    kernels(str(toy("qwen3_moe")), path, "float32", "cpu", None, 0.3, False)
+    kernels(str(toy("qwen3_moe")), save=path, dtype="float32", device="cpu", seconds=0.3)
     said = capsys.readouterr().out
     assert said.startswith(here()) and "6 x (64, 96) float32: " in said and "1 tokens each" in said
     engine = load(toy("qwen3_moe"), dtype="float32", kernels=str(path))

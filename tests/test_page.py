@@ -2,235 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
-import shutil
-import socket
-import threading
-import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pages  # skips this file where there is no playwright
 import pytest
+from pages import KEY, Script, Site, answered, needs_chromium, send, thorough, until
+from servers import running
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (pip install '.[test]')")
-uvicorn = pytest.importorskip("uvicorn")
-from fastapi import Depends, FastAPI, HTTPException, Request  # noqa: E402
-from fastapi.responses import JSONResponse, StreamingResponse  # noqa: E402
-from servers import running  # noqa: E402
+from duoserve.api.app import make_app
+from duoserve.api.host import Host
+from duoserve.api.limits import Door
+from duoserve.api.page import assets
 
-import duoserve  # noqa: E402
-from duoserve.api.app import make_app  # noqa: E402
-from duoserve.api.host import Host  # noqa: E402
-from duoserve.api.limits import Door  # noqa: E402
-from duoserve.api.live import snapshot  # noqa: E402
-from duoserve.api.page import add_page, assets  # noqa: E402
-from duoserve.service import End, Service  # noqa: E402
-from duoserve.service import Request as ServiceRequest  # noqa: E402
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed (apt-get install chromium)")
-thorough = pytest.mark.slow  # a second or two each, and a minute in all where the machine is busy
-KEY = "a-key-of-some-length"
+browser, demo, look, script, site = pages.browser, pages.demo, pages.look, pages.script, pages.site  # fixtures
 XSS = json.loads((Path(__file__).parent / "data" / "xss.json").read_text())
-
-
-class Script:
-    """What the stand-in server says: pieces of text, each after so many seconds; or an error."""
-
-    def __init__(self) -> None:
-        self.pieces: list[str] = ["Hello ", "there."]
-        self.pause_s = 0.0
-        self.hold = threading.Event()  # while set, the answer stays open
-        self.refusal: tuple[int, str] | None = None
-        self.key: str | None = None
-        self.model = "stand-in"
-        self.loading = False
-        self.asked: list[dict[str, Any]] = []
-        self.left = 0  # answers that the reader went away from
-
-    async def events(self) -> AsyncIterator[str]:
-        whole = False
-        try:
-            yield self._chunk({"role": "assistant"})
-            for piece in list(self.pieces):
-                await asyncio.sleep(self.pause_s)
-                yield self._chunk({"content": piece})
-            while self.hold.is_set():
-                await asyncio.sleep(0.01)
-                yield ": still here\n\n"
-            yield self._chunk({}, "stop")
-            usage = {"prompt_tokens": 7, "completion_tokens": len(self.pieces), "total_tokens": 7 + len(self.pieces)}
-            yield f"data: {json.dumps({'choices': [], 'usage': usage})}\n\n"
-            yield "data: [DONE]\n\n"
-            whole = True
-        finally:
-            self.left += not whole
-
-    def _chunk(self, delta: dict[str, str], finish: str | None = None) -> str:
-        choice = {"index": 0, "delta": delta, "finish_reason": finish}
-        return f"data: {json.dumps({'object': 'chat.completion.chunk', 'choices': [choice]})}\n\n"
-
-
-def stand_in(script: Script, look: dict[str, Any]) -> FastAPI:
-    """The routes that the page uses, without a model behind them."""
-
-    def guard(request: Request) -> None:
-        if script.key is not None and request.headers.get("authorization") != f"Bearer {script.key}":
-            raise HTTPException(401, "the API key is missing or wrong; send one")
-
-    app = FastAPI(dependencies=[Depends(guard)])
-    add_page(app)
-
-    @app.exception_handler(HTTPException)
-    async def refused(request: Request, error: HTTPException) -> Any:
-        return JSONResponse({"error": {"message": error.detail, "code": None}}, error.status_code)
-
-    @app.get("/v1/models")
-    async def models() -> Any:
-        return {"object": "list", "data": [{"id": script.model}]}
-
-    @app.get("/health")
-    async def health() -> Any:
-        return JSONResponse({"status": "loading", "progress": {"share": 0.25}}, 503)
-
-    @app.get("/v1/expert-cache")
-    async def live() -> Any:
-        if script.loading:
-            return JSONResponse({"error": {"message": "the server is loading; try again", "code": "loading"}}, 503)
-        return look
-
-    @app.post("/v1/chat/completions")
-    async def chat(request: Request) -> Any:
-        script.asked.append(await request.json())
-        if script.refusal is not None:
-            status, message = script.refusal
-            return JSONResponse({"error": {"message": message, "type": "x", "param": None, "code": None}}, status)
-        return StreamingResponse(script.events(), media_type="text/event-stream")
-
-    return app
-
-
-class Running:
-    """An application on a port of this machine, in a thread."""
-
-    def __init__(self, app: Any, port: int):
-        config = uvicorn.Config(
-            app, host="127.0.0.1", port=port, log_level="error", http="h11", timeout_graceful_shutdown=0
-        )
-        self._server = uvicorn.Server(config)
-        self._thread = threading.Thread(target=self._server.run, daemon=True)
-        self._thread.start()
-        until(lambda: self._server.started)
-
-    def stop(self) -> None:
-        self._server.should_exit = True
-        self._thread.join(timeout=20)
-        assert not self._thread.is_alive()
-
-
-def until(holds: Callable[[], Any], seconds: float = 20.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline, "it never came to be"
-        time.sleep(0.01)
-
-
-@pytest.fixture(scope="module")
-def demo() -> Iterator[Any]:
-    with duoserve.load(None, sequences=2) as engine:
-        service = Service(engine)
-        yield engine, service
-        service.close()
-
-
-@pytest.fixture(scope="module")
-def look(demo: Any) -> dict[str, Any]:
-    return snapshot(*demo)
-
-
-@pytest.fixture
-def script() -> Script:
-    return Script()
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        yield browser
-        browser.close()
-
-
-class Site:
-    """A server, a browser's context, and what both must never see: foreign requests, script errors, broken policy."""
-
-    def __init__(self, app: Any, browser: Any, at: int | None = None, **options: Any):
-        """`at`: the port of a server that runs already, instead of an application."""
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = at or probe.getsockname()[1]
-        self.app, self.url = app, f"http://127.0.0.1:{self.port}"
-        self.server: Running | None = Running(app, self.port) if at is None else None
-        self.context = browser.new_context(viewport={"width": 1360, "height": 860}, **options)
-        self.context.set_default_timeout(20_000)
-        self.requests: list[str] = []
-        self.complaints: list[str] = []
-        self.context.on("request", lambda request: self.requests.append(request.url))
-
-    def open(self) -> Any:
-        page = self.context.new_page()
-        page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        page.on("dialog", lambda dialog: (self.complaints.append(dialog.message), dialog.dismiss()))
-        page.on("console", self._heard)
-        page.goto(self.url)
-        page.wait_for_selector("#ideas button", state="attached")
-        return page
-
-    def _heard(self, message: Any) -> None:
-        if message.type == "error" and "Failed to load resource" not in message.text:
-            self.complaints.append(message.text)
-
-    def stop(self) -> None:
-        assert self.server is not None
-        self.server.stop()
-        self.server = None
-
-    def start(self) -> None:
-        self.server = Running(self.app, self.port)
-
-    def close(self) -> None:
-        self.context.close()
-        if self.server is not None:
-            self.stop()
-        assert not [url for url in self.requests if not url.startswith(self.url)]
-        assert not self.complaints
-
-
-@pytest.fixture
-def site(script: Script, look: dict[str, Any], browser: Any) -> Iterator[Site]:
-    site = Site(stand_in(script, look), browser)
-    yield site
-    script.hold.clear()
-    site.close()
-
-
-def send(page: Any, text: str) -> None:
-    page.fill("#question", text)
-    page.press("#question", "Enter")
-
-
-def answered(page: Any, n: int = 1) -> str:
-    """The text of the last answer, once `n` are whole."""
-    page.wait_for_function(
-        "n => document.querySelectorAll('.turn[data-role=assistant]:not([data-state=streaming])').length === n", arg=n
-    )
-    page.wait_for_selector("#send:not([hidden])")
-    text: str = page.inner_text(".turn[data-role=assistant] >> nth=-1 >> .body")
-    return text.strip()
-
 
 # Ten flows
 
@@ -467,22 +256,8 @@ def test_without_a_network_the_page_says_so_and_recovers(site: Site, script: Scr
 
 
 ALLOWED = {
-    "div",
-    "p",
-    "h3",
-    "h4",
-    "h5",
-    "h6",
-    "ul",
-    "ol",
-    "li",
-    "blockquote",
-    "pre",
-    "code",
-    "span",
-    "button",
-    "strong",
-}
+    "div", "p", "h3", "h4", "h5", "h6", "ul", "ol", "li", "blockquote", "pre", "code", "span", "button", "strong", "em",
+}  # fmt: skip
 TEXT_ONLY = """() => [...document.querySelectorAll('#turns .body *, #turns .note *')].map(e =>
     [e.tagName.toLowerCase(), [...e.attributes].map(a => a.name)])"""
 
@@ -509,7 +284,7 @@ def test_what_a_model_writes_stays_text(site: Site, script: Script) -> None:
     page.wait_for_timeout(300)
     assert page.evaluate("window.__ran ?? 0") == 0
     for tag, attributes in page.evaluate(TEXT_ONLY):
-        assert tag in ALLOWED | {"em"} and set(attributes) <= {"class", "type", "tabindex", "start"}, (tag, attributes)
+        assert tag in ALLOWED and set(attributes) <= {"class", "type", "tabindex", "start"}, (tag, attributes)
     shown = page.locator(".turn[data-role=user] .body").all_text_contents()
     assert shown[:-1] == [p.strip() for p in XSS[-len(shown) + 1 :]]
 
@@ -623,55 +398,6 @@ def test_the_page_names_no_other_place() -> None:
 # The real engine
 
 
-def test_a_look_is_what_the_engine_holds(demo: Any) -> None:
-    engine, service = demo
-    engine.generate([{"role": "user", "content": "What is Git?"}], max_new_tokens=8, do_sample=False)
-    found = json.loads(json.dumps(snapshot(engine, service)))
-    cache, store = engine.runtime.cache, engine.store
-    assert found["experts_per_layer"] == [layer.n_experts for layer in store.layers]
-    held = {(layer, e) for layer, row in enumerate(found["state"]) for e, letter in enumerate(row) if letter != "."}
-    assert held == {tuple(key) for key in cache.keys()}
-    assert set("".join(found["state"])) <= set(found["states"])
-    assert set("".join(found["heat"])) <= set("0123456789") and "".join(found["heat"]).strip("0")
-    stats = engine.stats()
-    assert found["counts"]["hits"] == stats["hits"] and found["counts"]["misses"] == stats["misses"]
-    moved = sum(found["lanes"][lane]["done"] for lane in ("demand", "ahead"))
-    assert moved * store.slab_bytes == found["bytes_moved"] == stats["bytes_moved"]
-    assert sum(part["used"] for part in found["memory"]["parts"]) == stats["used_bytes"]
-    assert found["pass"] is None and found["requests"]["active"] == 0
-
-
-def test_a_look_names_what_is_flying(demo: Any) -> None:
-    engine, service = demo
-    cache, store, read = engine.runtime.cache, engine.store, engine.store.read_into
-    stopped, go_on = threading.Event(), threading.Event()
-
-    def slow(key: Any, into: Any) -> None:
-        stopped.set()
-        assert go_on.wait(20)
-        read(key, into)
-
-    store.read_into = slow
-    thread = threading.Thread(target=lambda: engine.generate("Hi", max_new_tokens=2, do_sample=False))
-    try:
-        before = snapshot(engine, service)
-        thread.start()
-        assert stopped.wait(20)
-        found = snapshot(engine, service)
-    finally:
-        go_on.set()
-        thread.join()
-        store.read_into = read
-    demand = found["lanes"]["demand"]
-    flying = [*demand["flying"], *demand["next"]]
-    assert demand["flying"] and demand["done"] == before["lanes"]["demand"]["done"]
-    assert all(found["state"][layer][expert] == "a" for layer, expert in flying)
-    assert found["pass"] == {"phase": "prefill", "rows": found["pass"]["rows"], "layer": flying[0][0]}
-    after = snapshot(engine, service)
-    assert "a" not in "".join(after["state"]) and not after["lanes"]["demand"]["flying"]
-    cache.check()
-
-
 @pytest.fixture
 def real(demo: Any, browser: Any) -> Iterator[Site]:
     """The application that `duoserve serve` runs."""
@@ -756,16 +482,3 @@ def test_a_prompt_that_does_not_fit_is_told_with_both_numbers(demo: Any, real: S
     answered(page)
     note = page.inner_text(".turn >> nth=-1 >> .note")
     assert re.search(rf"the prompt has \d+ tokens, the context {demo[0].plan.ctx}; shorten it", note), note
-
-
-def test_how_far_a_prompt_was_read_is_told(demo: Any) -> None:
-    engine, service = demo
-    ids, told = [5] * 600, []
-    ticket = service.submit(ServiceRequest(ids, max_new=1), told.append)
-    seen = [(0, 600)]
-    while not told or not isinstance(told[-1], End):
-        seen += map(tuple, snapshot(engine, service)["requests"]["reading"])
-        time.sleep(0.002)
-    assert [all_ for _, all_ in seen] == [600] * len(seen) and ticket.read == 600
-    reads = [read for read, _ in seen]
-    assert reads == sorted(reads) and 0 < reads[-1] <= 600

@@ -6,8 +6,9 @@ import random
 
 import pytest
 
-from duoserve.engine import DEMO, read_tokenizer
+from duoserve.engine import DEMO
 from duoserve.stopping import TextStream
+from duoserve.tokenizer import read_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,12 @@ FLOORS = {
         *("attention", "benefit", "cap", "checkpoint", "codec", "config", "core", "decisions", "device", "durable"),
         *("folder", "foresight", "future", "headers", "hub", "int4", "native", "peers", "prompts", "published"),
         *("pulse", "results", "routers", "sampling", "sizing", "stopping", "system", "timeline"),
-        *("triton_int4", "version"),
+        *("columns", "triton_int4", "version"),
     },
-    1: {"cache", "clock", "clockstream", "experts", "manifest", "road", "runfile", "shelf", "store", "trunk"},
+    1: {
+        *("cache", "clock", "clockstream", "experts", "manifest", "road", "runfile", "shelf", "store", "trunk"),
+        *("answer", "flags", "progress", "tokenizer"),
+    },
     2: {"board", "contest", "convert", "grouped", "lanes", "profile", "transfer"},
     3: {
         *("activation", "ahead", "chrometrace", "crowd", "decode", "estimate", "fleet", "paper", "picture", "prefill"),
@@ -25,7 +28,7 @@ FLOORS = {
     },
     4: {"costing", "moe", "policies", "tally"},
     5: {"plan", "simulate", "together"},
-    6: {"model", "needs"},
+    6: {"loading", "model", "needs"},
     7: {"engine", "specimens"},
     8: {"conversation", "measure", "outlook", "service"},
     9: {"api", "doctor", "remote", "repl"},
@@ -33,6 +36,7 @@ FLOORS = {
     11: {
         *("contender", "depcalibrate", "depsweep", "kernels", "learning", "matrix", "serving", "showing"),
         *("simulating", "tracing"),
+        "shelving",
     },
     12: {"benching", "dep"},
     13: {"cli"},
@@ -66,6 +70,7 @@ SIDE_BY_SIDE = {
     ("config", "core"),
     ("decode", "ahead"),
     ("device", "core"),
+    ("device", "device"),
     ("device", "system"),
     ("device", "timeline"),
     ("folder", "core"),
@@ -163,9 +168,18 @@ def test_plans_and_exchanges_know_nothing_of_the_engine(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", files("duoserve"), ids=lambda p: p.stem)
-def test_only_device_names_cuda_pinning_and_threads(path: Path) -> None:
-    if path.name != "device.py":
+def test_only_the_devices_name_cuda_pinning_and_threads(path: Path) -> None:
+    if path.parent.name != "device":
         assert not MACHINE.search(path.read_text()), MACHINE.search(path.read_text())
+
+
+def test_the_devices_have_floors_and_know_nothing_of_each_other() -> None:
+    floors = {"events": 0, "streams": 1, "cpu": 2, "cuda": 2}
+    assert {path.stem for path in files("duoserve/device")} == {"__init__", *floors}
+    for name, floor in floors.items():
+        for module in imports(ROOT / "duoserve" / "device" / f"{name}.py"):
+            if module.startswith("duoserve.device"):
+                assert floors[module.split(".")[2]] < floor, f"{name}.py imports {module}"
 
 
 @pytest.mark.parametrize("path", files("duoserve", "predictor", "traces", "dep_extension"), ids=lambda p: p.stem)
@@ -180,7 +194,20 @@ def test_nothing_that_is_loaded_can_run_code(path: Path) -> None:
 
 
 def test_cache_and_core_import_no_torch() -> None:
-    for name in ("core", "cache", "config", "durable", "headers", "manifest", "shelf", "timeline", "runfile", "lanes"):
+    plain = (
+        "core",
+        "cache",
+        "config",
+        "durable",
+        "flags",
+        "headers",
+        "manifest",
+        "shelf",
+        "timeline",
+        "runfile",
+        "lanes",
+    )
+    for name in plain:
         assert not any(
             m == "torch" or m.startswith("torch.") for m in imports_at_runtime(ROOT / "duoserve" / f"{name}.py")
         )

@@ -20,7 +20,7 @@ from duoserve import cli
 from duoserve.chrometrace import events, write_trace
 from duoserve.core import Key, Phase, Policy, Refusal, Step
 from duoserve.device import ThreadDevice
-from duoserve.lanes import by_track, figures, overlaps, phases
+from duoserve.lanes import by_track, figures, phases
 from duoserve.moe import open_runtime
 from duoserve.picture import draw
 from duoserve.runfile import Run, read_run, write_run
@@ -49,6 +49,13 @@ from duoserve.transfer import HostTier
 SLOW = 0.002  # seconds
 LAYERS, EXPERTS = 3, 6  # of the toy
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 12, "eos_token_id": None, "pad_token_id": 0}
+
+
+def overlaps(run: Run) -> list[tuple[Span, Span]]:
+    """Neighbours on one track of which the second begins before the first ends, by more than a clock's grain."""
+    return [
+        (a, b) for spans in by_track(run.spans).values() for a, b in pairwise(spans) if b.start < a.end - 2e-9
+    ]  # fmt: skip
 
 
 class Machine:

@@ -1,17 +1,12 @@
-"""The machine, and the only file that names CUDA, pinned memory, streams or threads.
-
-A device has a compute stream, a copy stream, arenas of memory, and one way to wait for its data (`read`). Work is handed
-over as `stream.submit(fn, after=events, behind=events, lane=..., cost=...) -> Event`. How long compute waited for what is
-counted always (`device.thread.stalls`), all that happens only while somebody records. Knows nothing of experts or files.
+"""Work in order, on the thread that hands it over or on threads of its own, each with a CUDA stream where there is one.
+Knows lanes and events; knows nothing of memory, or of which device it is part of.
 """
 
 from __future__ import annotations
 
 import contextlib
-import mmap
 import threading
 import time
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -20,8 +15,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from duoserve.core import Key, Lane, Refusal
-from duoserve.system import available_ram
+from duoserve.core import Key, Lane
+from duoserve.device.events import Event, marked
 from duoserve.timeline import (
     COMBINE,
     COMPUTE,
@@ -39,66 +34,9 @@ from duoserve.timeline import (
     Timeline,
     Why,
     place,
-)  # fmt: skip
+)
 
-PAGE = 4096  # direct reads want addresses, offsets and lengths in multiples of this
-PIN_CHUNK = 256 << 20  # bytes registered per call: one failing call must not cost the whole pool
 REMEMBERED = 32  # jobs of a lane that were done last
-_COMPUTED = Why(COMPUTE)
-
-
-class Event:
-    """Something that will have happened, and why it was begun. On a GPU: `issued` by the host, later done on the device."""
-
-    __slots__ = ("_issued", "_mark", "error", "why")
-
-    def __init__(self, why: Why = _COMPUTED) -> None:
-        self.why = why
-        self._issued = threading.Event()
-        self._mark: torch.cuda.Event | None = None
-        self.error: BaseException | None = None
-
-    def set(self, mark: torch.cuda.Event | None = None, error: BaseException | None = None) -> None:
-        self._mark, self.error = mark, error
-        self._issued.set()
-
-    @property
-    def issued(self) -> bool:
-        return self._issued.is_set()
-
-    @property
-    def done(self) -> bool:
-        return self._issued.is_set() and (self._mark is None or self._mark.query())
-
-    def wait(self) -> None:
-        """Block this host thread until it happened; raises what the work raised."""
-        self._issued.wait()
-        if self.error is not None:
-            raise self.error
-        if self._mark is not None:
-            self._mark.synchronize()
-
-    def order(self, stream: torch.cuda.Stream | None, needed: bool = True) -> None:
-        """Make later work wait: on `stream` for device marks, on this thread for anything the host does.
-
-        Where its result is `needed`, its failure rises here; else it only has to be over.
-        """
-        self._issued.wait()
-        if self.error is not None:
-            if needed:
-                raise self.error
-            return
-        if self._mark is not None:
-            stream.wait_event(self._mark) if stream is not None else self._mark.synchronize()
-
-
-def _happened() -> Event:
-    event = Event()
-    event.set()
-    return event
-
-
-DONE = _happened()  # what holds before anything was submitted
 
 
 @dataclass(eq=False)
@@ -163,7 +101,7 @@ class InlineStream:
             fn()
         else:
             self._followed(fn, what)
-        return _marked(stream)
+        return marked(stream)
 
     def _followed(self, fn: Callable[[], Any], what: Key | None) -> None:
         layer, expert = what or (self._thread.layer, NONE)
@@ -172,15 +110,6 @@ class InlineStream:
         self._thread.turn(SCHEDULE, layer)
 
     def close(self) -> None: ...
-
-
-def _marked(stream: torch.cuda.Stream | None) -> Event:
-    """Happens once all that `stream` was given so far is done; without one, that is now."""
-    if stream is None:
-        return DONE
-    event = Event()
-    event.set(mark=stream.record_event())
-    return event
 
 
 class WorkerStream:
@@ -388,70 +317,23 @@ class WorkerStream:
             self._last[job.lane].append(job.what)
 
 
-def host_arena(n_bytes: int) -> torch.Tensor:
-    """Page-aligned host memory as a flat uint8 tensor, taken once and untouched until used."""
-    if n_bytes == 0:
-        return torch.empty(0, dtype=torch.uint8)
-    memory = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared memory gets no large pages
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)
+class Streams:
+    """The streams of a device and the model's thread, on one clock."""
 
-
-class ThreadDevice:
-    """The CPU as a device: slots are a bounded arena in RAM, copies are direct reads by worker threads.
-
-    Compute runs on the calling thread. `threaded_compute` gives it a worker of its own and `host_tier` puts host slabs
-    between disk and slots, as on a GPU: so that both edges and all three tiers are tested without one. `link` slows copies
-    to so many bytes per second, one at a time: for experiments on what a slower link would do.
-    """
-
-    name = "cpu"
-    torch_device = torch.device("cpu")
-
-    def __init__(
-        self, copy_threads: int = 2, threaded_compute: bool = False, host_tier: bool = False, link: int | None = None
-    ):
-        board = threading.Condition() if threaded_compute or host_tier else None
-        self.thread = ModelThread(time.perf_counter)
-        self.compute: InlineStream | WorkerStream = InlineStream(self.thread)
-        if threaded_compute:
-            self.compute = WorkerStream("compute", in_order=True, board=board, stalls=self.thread.stalls)
-        self.copy = WorkerStream("copy", copy_threads, board=board, rate=link)
-        self.disk = WorkerStream("disk", copy_threads, board=board) if host_tier else None
-        self.predict = WorkerStream("predict")
+    thread: ModelThread
+    compute: InlineStream | WorkerStream
+    copy: WorkerStream
+    predict: WorkerStream
+    disk: WorkerStream | None  # where host memory stands between disk and slots
 
     def now(self) -> float:
         """Seconds on the clock that this device's work takes its time from."""
         return time.perf_counter()
 
-    def arena(self, n_bytes: int) -> torch.Tensor:
-        return host_arena(n_bytes)
-
-    def read(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor's values on the host: the only way to wait for device data."""
-        return tensor
-
-    def mark(self) -> Event:
-        """Happens once all that this thread computed so far is done."""
-        return DONE
-
-    def join(self, event: Event) -> None:
-        """What this thread computes next follows `event`."""
-        event.wait()
-
-    def free_bytes(self) -> int:
-        return available_ram()
-
-    def pin(self, memory: torch.Tensor) -> int:
-        """Nothing to register: copies between host memory need none."""
-        return 0
-
     def record(self, timeline: Timeline | None) -> None:
-        """Note what happens from now on in `timeline`, or in none."""
-        inline = isinstance(self.compute, InlineStream)
-        self.thread.record(timeline, COMPUTE if inline else MODEL)
-        for stream in (self.predict, self.copy, self.disk, None if inline else self.compute):
+        """Note what the host does from now on in `timeline`, or in none; what a GPU does in between is not seen."""
+        self.thread.record(timeline, COMPUTE if isinstance(self.compute, InlineStream) else MODEL)
+        for stream in (self.predict, self.copy, self.disk, self.compute):
             if isinstance(stream, WorkerStream):
                 stream.record(timeline)
 
@@ -459,105 +341,3 @@ class ThreadDevice:
         for stream in (self.predict, self.copy, self.disk, self.compute):
             if stream is not None:
                 stream.close()
-
-
-class CudaDevice:
-    """One NVIDIA GPU: slots in device memory, slabs copied from registered host memory on a stream of their own."""
-
-    name = "cuda"
-
-    def __init__(self, copy_threads: int = 2):
-        if not torch.cuda.is_available():
-            raise Refusal("E_DEVICE", "no CUDA GPU can be used here (0 found)", "run with --device cpu", 7)
-        self.torch_device = torch.device("cuda", torch.cuda.current_device())
-        self.thread = ModelThread(time.perf_counter)
-        self.compute = InlineStream(self.thread, cuda=True)
-        board = threading.Condition()
-        self.copy = WorkerStream("copy", copy_threads, cuda=True, board=board)
-        self.disk: WorkerStream | None = WorkerStream("disk", copy_threads, board=board)
-        self.predict = WorkerStream("predict", cuda=True)
-        self._warned = False
-
-    def now(self) -> float:
-        return time.perf_counter()
-
-    def arena(self, n_bytes: int) -> torch.Tensor:
-        return torch.empty(n_bytes, dtype=torch.uint8, device=self.torch_device)
-
-    def read(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to("cpu")
-
-    def mark(self) -> Event:
-        return _marked(torch.cuda.current_stream())
-
-    def join(self, event: Event) -> None:
-        event.order(torch.cuda.current_stream())
-
-    def free_bytes(self) -> int:
-        return torch.cuda.mem_get_info(self.torch_device)[0]
-
-    def pin(self, memory: torch.Tensor) -> int:
-        """Register filled host memory for direct copies, in chunks; returns the bytes that could be registered."""
-        pinned = 0
-        for start in range(0, memory.numel(), PIN_CHUNK):
-            chunk = memory[start : start + PIN_CHUNK]
-            if not _register(chunk.data_ptr(), chunk.numel()):
-                self._warn_pageable(pinned, memory.numel())
-                break
-            pinned += chunk.numel()
-        return pinned
-
-    def record(self, timeline: Timeline | None) -> None:
-        """Note what the host does from now on in `timeline`, or in none; what the GPU does in between is not seen."""
-        self.thread.record(timeline, COMPUTE)
-        for stream in (self.predict, self.copy, self.disk):
-            if stream is not None:
-                stream.record(timeline)
-
-    def close(self) -> None:
-        for stream in (self.predict, self.copy, self.disk):
-            if stream is not None:
-                stream.close()
-
-    def _warn_pageable(self, pinned: int, total: int) -> None:
-        if not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"only {pinned >> 20} of {total >> 20} MiB of host slabs could be pinned; the rest is copied slower",
-                stacklevel=3,
-            )
-
-
-def _register(address: int, n_bytes: int) -> bool:
-    try:
-        from cuda.bindings import runtime  # type: ignore[import-not-found]
-    except ImportError:
-        return int(torch.cuda.cudart().cudaHostRegister(address, n_bytes, 0)) == 0
-    (status,) = runtime.cudaHostRegister(address, n_bytes, 0)
-    return int(status) == 0
-
-
-Device = ThreadDevice | CudaDevice
-
-
-def open_device(name: str, link: int | None = None) -> Device:
-    """`auto` takes the GPU where there is one. `link` as `ThreadDevice`."""
-    if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
-        return CudaDevice()
-    return ThreadDevice(link=link)
-
-
-def in_background(fn: Callable[[], Any], name: str) -> Callable[[], None]:
-    """Run `fn` on a thread of its own; returns what waits for its end."""
-    thread = threading.Thread(target=fn, name=f"duoserve-{name}", daemon=True)
-    thread.start()
-    return thread.join
-
-
-def gpus() -> list[tuple[str, int, int]]:
-    """Name, bytes free and bytes in all of each GPU that torch can use."""
-    found = []
-    for i in range(torch.cuda.device_count()):
-        free, total = torch.cuda.mem_get_info(i)
-        found.append((torch.cuda.get_device_name(i), free, total))
-    return found
