@@ -39,6 +39,7 @@ from dep_extension.world import host_store, open_world
 SPIN_S = 0.0008  # a sleep wakes late by less than this
 SIZES = (0, 1 / 8, 1 / 4, 1 / 2, 1)  # of the rows of a whole micro-batch, at which the exchange is measured
 WARM, TIMES = 5, 25
+FEW = 256  # rows of an attention rank, of the first guess at how long they take
 WIDTH, EXPERTS, CHOICES = 2048, 16, 8
 HEADS, HEAD = 4, 128
 
@@ -70,19 +71,28 @@ def sleep(seconds: float) -> None:
 # The exchange
 
 
-def measure(comm: Comm, rows: int, ways: Sequence[str] = ("A2E",)) -> float:
-    """Seconds from when both sides are ready until `rows` rows of each expert rank have arrived, in one direction or in both
-    at once, at the last rank; the median."""
-    each = rows // comm.place.ag
-    mine = torch.zeros(each * comm.place.others, WIDTH)
-    taken = []
+class Load(NamedTuple):
+    """Rows of each expert rank, in one direction or in both at once."""
+
+    rows: int
+    ways: tuple[str, ...] = ("A2E",)
+
+
+def measure(comm: Comm, loads: Sequence[Load]) -> list[float]:
+    """Median seconds of each from when all ranks are ready until the last has its rows. They take turns, so that a machine
+    that drifts bends no line."""
+    others = comm.place.others
+    mine = torch.zeros(max(load.rows for load in loads) // comm.place.ag * others, WIDTH)
+    taken: list[list[float]] = [[] for _ in loads]
     for _ in range(TIMES):
-        torch.distributed.barrier()
-        began = time.perf_counter()
-        for handle in [_send(comm, way, mine, [each] * comm.place.others) for way in ways]:
-            handle.wait()
-        taken.append(time.perf_counter() - began)
-    return _median(taken)
+        for load, found in zip(loads, taken, strict=True):
+            each = load.rows // comm.place.ag
+            torch.distributed.barrier()
+            began = time.perf_counter()
+            for handle in [_send(comm, way, mine[: each * others], [each] * others) for way in load.ways]:
+                handle.wait()
+            found.append(time.perf_counter() - began)
+    return [_median(found) for found in taken]
 
 
 def _send(comm: Comm, way: str, mine: torch.Tensor, splits: list[int]) -> Handle:
@@ -285,13 +295,15 @@ def rank(number: int, port: int, case: Case, runs: int, out: Any) -> None:
 def _calibrated(comm: Comm, case: Case) -> Exchanges:
     """`length` so that an exchange of half the batch takes as long as it should; then the line, alone, and both at once."""
     half = case.samples // case.ag // 2
-    per_row = measure(comm, 256 * case.ag) / (256 * case.ag)
-    wanted = case.exchange / per_row  # rows of an expert rank
+    few, many = FEW * case.ag, 8 * FEW * case.ag
+    first = fit(list(zip((few, many), measure(comm, [Load(few), Load(many)]), strict=True)))
+    wanted = (case.exchange - first.a) / first.b  # rows of an expert rank
     length = max(16, round(wanted * case.eg / (half * case.ag * CHOICES) / 16) * 16)
     whole = half * case.ag * CHOICES * length // case.eg
-    points = [(n * WIDTH, measure(comm, n)) for n in (int(whole * size) for size in SIZES)]
-    both_ways = measure(comm, whole, ("A2E", "E2A")) / points[-1][1]
-    return Exchanges(fit(points), measure_counts(comm), max(1.0, both_ways), length)
+    sizes = [int(whole * size) for size in SIZES]
+    *alone, both = measure(comm, [*map(Load, sizes), Load(whole, ("A2E", "E2A"))])
+    line = fit([(n * WIDTH, seconds) for n, seconds in zip(sizes, alone, strict=True)])
+    return Exchanges(line, measure_counts(comm), max(1.0, both / alone[-1]), length)
 
 
 def _slow(comm: Comm, case: Case) -> Exchanges:
