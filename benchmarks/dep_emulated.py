@@ -1,10 +1,11 @@
 """Does a plan hold? The walk and the exchange are real, between processes over Gloo; compute is sleep of the seconds that
 the solver plans with. Prints what the solver says and what was measured, for naive DEP, PPPipe and FinDEP, as one JSON line.
 
-    python -m benchmarks.dep_emulated [--ag 2 --eg 2 --layers 5 --runs 7 --exchange 0.015 --link slow]
+    python -m benchmarks.dep_emulated [--ag 2 --eg 2 --layers 5 --runs 7 --exchange 0.03 --link slow]
 
 The exchange is measured first, by the same Comm: a line over elements, the exchange of counts, and how much longer an
-exchange takes while as much travels the other way (both directions share the processes' cores). Half the batch is as many
+exchange takes while as much travels the other way (both directions share the processes' cores); and what handing a chunk to
+the experts' thread and back takes. Half the batch is as many
 rows as take --exchange seconds, and compute is --attention and --expert times as long (the shared expert follows), so that
 what is tested is the schedule, not this machine. `--link slow` is a link whose directions do not slow each other: rows still
 travel, few of them, and each exchange ends no earlier than its line says, one at a time in each direction, from when the
@@ -39,6 +40,7 @@ from dep_extension.world import host_store, open_world
 SPIN_S = 0.0008  # a sleep wakes late by less than this
 SIZES = (0, 1 / 8, 1 / 4, 1 / 2, 1)  # of the rows of a whole micro-batch, at which the exchange is measured
 WARM, TIMES = 5, 25
+NAP_S = 0.005
 FEW = 256  # rows of an attention rank, of the first guess at how long they take
 WIDTH, EXPERTS, CHOICES = 2048, 16, 8
 HEADS, HEAD = 4, 128
@@ -119,6 +121,23 @@ def measure_counts(comm: Comm) -> float:
         comm.counts(sent, 16).wait()
         taken.append(time.perf_counter() - began)
     return _median(taken)
+
+
+def measure_handover(comm: Comm) -> float:
+    """Seconds that a chunk takes at the experts beyond its compute: to the worker and back, and waking up from it."""
+    beside, taken = Beside(), []
+    for _ in range(TIMES):
+        torch.distributed.barrier()
+        began = time.perf_counter()
+        beside.submit(_nap).wait()
+        taken.append(time.perf_counter() - began - NAP_S if comm.place.role is Role.EXPERT else 0.0)
+    beside.close()
+    return max(0.0, _median(taken))
+
+
+def _nap() -> torch.Tensor:
+    sleep(NAP_S)
+    return torch.empty(0)
 
 
 def fit(points: Sequence[tuple[float, float]]) -> Line:
@@ -213,8 +232,11 @@ class Asleep:
 
 def walk(comm: Comm, problem: Problem, plan: Plan) -> tuple[float, float]:
     """When this rank began and ended; an expert rank's are of no account."""
-    work = work_of(problem, plan.split, Cut(plan.samples, plan.r1, plan.r2))
+    cut = Cut(plan.samples, plan.r1, plan.r2)
+    work = work_of(problem, plan.split, cut)
     itinerary = Itinerary.of(work.layers, work.r1, work.r2, plan.order, work)
+    asleep = replace(problem, machine=replace(problem.machine, experts=None))  # handing over takes its time by itself
+    work = work_of(asleep, plan.split, cut)
     empty_0D = torch.empty(0, WIDTH)
     torch.distributed.barrier()
     if comm.place.role is Role.EXPERT:
@@ -251,6 +273,7 @@ class Exchanges(NamedTuple):
     link: Line
     count_s: float
     both_ways: float
+    handover_s: float
     length: int
 
 
@@ -267,7 +290,7 @@ def solve(case: Case, costs: Exchanges) -> tuple[Problem, list[Plan]]:
     rest = max(0.0, case.attention * unit - projections)
     attention = Line(0.0, rest / (HEADS * half * length**2 * 2 * HEAD))
     machine = Machine("emulated", case.ag + case.eg, 1e15, gemm, attention, {split: link}, costs.count_s)
-    machine = replace(machine, both_ways=costs.both_ways)
+    machine = replace(machine, both_ways=costs.both_ways, experts=Line(costs.handover_s / 3, gemm.b))
     problem = Problem(model, machine, length, case.samples, max_r1=case.max_r1, max_r2=case.max_r2)
     plans = [solver(problem, split) for solver in (naive, pppipe, findep)]
     return problem, [plan for plan in plans if plan is not None]
@@ -303,14 +326,15 @@ def _calibrated(comm: Comm, case: Case) -> Exchanges:
     sizes = [int(whole * size) for size in SIZES]
     *alone, both = measure(comm, [*map(Load, sizes), Load(whole, ("A2E", "E2A"))])
     line = fit([(n * WIDTH, seconds) for n, seconds in zip(sizes, alone, strict=True)])
-    return Exchanges(line, measure_counts(comm), max(1.0, both / alone[-1]), length)
+    return Exchanges(line, measure_counts(comm), max(1.0, both / alone[-1]), measure_handover(comm), length)
 
 
 def _slow(comm: Comm, case: Case) -> Exchanges:
     """A link of which half the batch takes so long as asked and half a millisecond, whatever it really takes."""
     half, length = case.samples // case.ag // 2, 16
     elements = half * case.ag * CHOICES * length // case.eg * WIDTH
-    return Exchanges(Line(0.0005, case.exchange / elements), measure_counts(comm), 1.0, length)
+    line = Line(0.0005, case.exchange / elements)
+    return Exchanges(line, measure_counts(comm), 1.0, measure_handover(comm), length)
 
 
 def _said(out: Any, processes: Sequence[Any]) -> Any:
@@ -379,6 +403,7 @@ def summary(problem: Problem, plans: Sequence[Plan], said: Sequence[Any], kind: 
         "link": list(machine.link(split)),
         "count_s": machine.count_s,
         "both_ways": machine.both_ways,
+        "handover_s": 0.0 if machine.experts is None else 3 * machine.experts.a,
         "cores": os.cpu_count(),
         "plans": rows,
     }
@@ -388,7 +413,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Plans against walks with emulated compute.")
     numbers: list[tuple[str, Callable[[str], Any], Any]] = [
         ("ag", int, 2), ("eg", int, 2), ("layers", int, 5), ("samples", int, 4), ("max_r1", int, 2),
-        ("max_r2", int, 4), ("exchange", float, 0.015),
+        ("max_r2", int, 4), ("exchange", float, 0.03),
         ("attention", float, 4.0), ("expert", float, 4.0), ("runs", int, 7),
     ]  # fmt: skip
     for name, kind, default in numbers:
