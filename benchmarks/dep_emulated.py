@@ -1,13 +1,15 @@
 """Does a plan hold? The walk and the exchange are real, between processes over Gloo; compute is sleep of the seconds that
 the solver plans with. Prints what the solver says and what was measured, for naive DEP, PPPipe and FinDEP, as one JSON line.
 
-    python -m benchmarks.dep_emulated [--ag 2 --eg 2 --layers 5 --runs 7 --exchange 0.015 --link slow]
+    python -m benchmarks.dep_emulated [--ag 2 --eg 2 --layers 5 --runs 7 --exchange 0.03 --link slow]
 
-The exchange is measured first, by the same Comm: a line over elements, and the exchange of counts. Half the batch is as many
+The exchange is measured first, by the same Comm: a line over elements, the exchange of counts, and how much longer an
+exchange takes while as much travels the other way (both directions share the processes' cores); and what handing a chunk to
+the experts' thread and back takes. Half the batch is as many
 rows as take --exchange seconds, and compute is --attention and --expert times as long (the shared expert follows), so that
-what is tested is the schedule, not this machine. Where both directions and all processes share few cores, exchanges take
-longer beside each other than alone. `--link slow` is a link that does not: rows still travel, few of them, and each exchange
-ends no earlier than its line says, one at a time in each direction, from when the last sender began it.
+what is tested is the schedule, not this machine. `--link slow` is a link whose directions do not slow each other: rows still
+travel, few of them, and each exchange ends no earlier than its line says, one at a time in each direction, from when the
+last sender began it.
 """
 
 from __future__ import annotations
@@ -21,12 +23,13 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from dep_extension.comm import Comm, Place, Role
+from dep_extension.comm import Comm, Handle, Place, Role
 from dep_extension.cost import Line, Machine, Model, Split, chunks, tokens_per_expert
 from dep_extension.schedule import Work
 from dep_extension.shares import Beside
@@ -36,7 +39,9 @@ from dep_extension.world import host_store, open_world
 
 SPIN_S = 0.0008  # a sleep wakes late by less than this
 SIZES = (0, 1 / 8, 1 / 4, 1 / 2, 1)  # of the rows of a whole micro-batch, at which the exchange is measured
-TIMES = 25
+WARM, TIMES = 5, 25
+NAP_S = 0.005
+FEW = 256  # rows of an attention rank, of the first guess at how long they take
 WIDTH, EXPERTS, CHOICES = 2048, 16, 8
 HEADS, HEAD = 4, 128
 
@@ -68,21 +73,43 @@ def sleep(seconds: float) -> None:
 # The exchange
 
 
-def measure(comm: Comm, rows: int) -> float:
-    """Median seconds from when both sides are ready until `rows` rows of each expert rank have arrived."""
-    ag, eg = comm.place.ag, comm.place.eg
-    each = rows // ag
-    sent = torch.zeros(each * eg, WIDTH)
-    taken = []
+class Load(NamedTuple):
+    """Rows of each expert rank, in one direction or in both at once."""
+
+    rows: int
+    ways: tuple[str, ...] = ("A2E",)
+
+
+def measure(comm: Comm, loads: Sequence[Load]) -> list[float]:
+    """Median seconds of each from when all ranks are ready until the last has its rows. They take turns, so that a machine
+    that drifts bends no line."""
+    others = comm.place.others
+    mine = torch.zeros(max(load.rows for load in loads) // comm.place.ag * others, WIDTH)
+    taken: list[list[float]] = [[] for _ in loads]
     for _ in range(TIMES):
-        torch.distributed.barrier()
-        began = time.perf_counter()
-        if comm.place.role is Role.ATTENTION:
-            comm.dispatch(sent, [each] * eg, [0] * eg, WIDTH).wait()
-        else:
-            comm.dispatch(None, [0] * ag, [each] * ag, WIDTH).wait()
-        taken.append(time.perf_counter() - began)
-    return statistics.median(taken[5:])
+        for load, found in zip(loads, taken, strict=True):
+            each = load.rows // comm.place.ag
+            torch.distributed.barrier()
+            began = time.perf_counter()
+            for handle in [_send(comm, way, mine[: each * others], [each] * others) for way in load.ways]:
+                handle.wait()
+            found.append(time.perf_counter() - began)
+    return [_median(found) for found in taken]
+
+
+def _send(comm: Comm, way: str, mine: torch.Tensor, splits: list[int]) -> Handle:
+    none = [0] * len(splits)
+    start = comm.dispatch if way == "A2E" else comm.combine
+    if (comm.place.role is Role.ATTENTION) == (way == "A2E"):
+        return start(mine, splits, none, WIDTH)
+    return start(None, none, splits, WIDTH)
+
+
+def _median(taken: Sequence[float]) -> float:
+    """Of the runs that count, of each the slowest rank's: the same on every rank."""
+    found = torch.tensor(taken[WARM:], dtype=torch.float64)
+    torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+    return float(found.median())
 
 
 def measure_counts(comm: Comm) -> float:
@@ -93,7 +120,24 @@ def measure_counts(comm: Comm) -> float:
         sent = torch.zeros(comm.place.eg, 16, dtype=torch.int64) if comm.place.role is Role.ATTENTION else None
         comm.counts(sent, 16).wait()
         taken.append(time.perf_counter() - began)
-    return statistics.median(taken[5:])
+    return _median(taken)
+
+
+def measure_handover(comm: Comm) -> float:
+    """Seconds that a chunk takes at the experts beyond its compute: to the worker and back, and waking up from it."""
+    beside, taken = Beside(), []
+    for _ in range(TIMES):
+        torch.distributed.barrier()
+        began = time.perf_counter()
+        beside.submit(_nap).wait()
+        taken.append(time.perf_counter() - began - NAP_S if comm.place.role is Role.EXPERT else 0.0)
+    beside.close()
+    return max(0.0, _median(taken))
+
+
+def _nap() -> torch.Tensor:
+    sleep(NAP_S)
+    return torch.empty(0)
 
 
 def fit(points: Sequence[tuple[float, float]]) -> Line:
@@ -188,8 +232,11 @@ class Asleep:
 
 def walk(comm: Comm, problem: Problem, plan: Plan) -> tuple[float, float]:
     """When this rank began and ended; an expert rank's are of no account."""
-    work = work_of(problem, plan.split, Cut(plan.samples, plan.r1, plan.r2))
+    cut = Cut(plan.samples, plan.r1, plan.r2)
+    work = work_of(problem, plan.split, cut)
     itinerary = Itinerary.of(work.layers, work.r1, work.r2, plan.order, work)
+    asleep = replace(problem, machine=replace(problem.machine, experts=None))  # handing over takes its time by itself
+    work = work_of(asleep, plan.split, cut)
     empty_0D = torch.empty(0, WIDTH)
     torch.distributed.barrier()
     if comm.place.role is Role.EXPERT:
@@ -220,8 +267,19 @@ def _rows(problem: Problem, plan: Plan, r2: int) -> Sent:
 # Ranks and their answers
 
 
-def solve(case: Case, link: Line, count_s: float, length: int) -> tuple[Problem, list[Plan]]:
+class Exchanges(NamedTuple):
+    """What they cost here, and of how many tokens samples are for them to take as long as they should."""
+
+    link: Line
+    count_s: float
+    both_ways: float
+    handover_s: float
+    length: int
+
+
+def solve(case: Case, costs: Exchanges) -> tuple[Problem, list[Plan]]:
     """A machine whose compute stands to its link as the case says, and the three plans of the same batch."""
+    link, length = costs.link, costs.length
     split = Split(case.ag, case.eg)
     half = case.samples // case.ag // 2
     model = Model("emulated", case.layers, WIDTH, WIDTH, EXPERTS, CHOICES, 1, HEADS, HEAD, HEAD, 1e-6, 1e-6)
@@ -231,7 +289,8 @@ def solve(case: Case, link: Line, count_s: float, length: int) -> tuple[Problem,
     projections = 4 * gemm(half * length * WIDTH * HEADS * HEAD)
     rest = max(0.0, case.attention * unit - projections)
     attention = Line(0.0, rest / (HEADS * half * length**2 * 2 * HEAD))
-    machine = Machine("emulated", case.ag + case.eg, 1e15, gemm, attention, {split: link}, count_s)
+    machine = Machine("emulated", case.ag + case.eg, 1e15, gemm, attention, {split: link}, costs.count_s)
+    machine = replace(machine, both_ways=costs.both_ways, experts=Line(costs.handover_s / 3, gemm.b))
     problem = Problem(model, machine, length, case.samples, max_r1=case.max_r1, max_r2=case.max_r2)
     plans = [solver(problem, split) for solver in (naive, pppipe, findep)]
     return problem, [plan for plan in plans if plan is not None]
@@ -243,9 +302,9 @@ def rank(number: int, port: int, case: Case, runs: int, out: Any) -> None:
     place = Place.of(number, case.ag, case.eg)
     env |= {"RANK": str(number), "WORLD_SIZE": str(case.ag + case.eg), "LOCAL_WORLD_SIZE": str(case.ag + case.eg)}
     comm = open_world(place, torch.float32, poison=False, env=env)
-    link, count_s, length = _slow(comm, case) if case.link == "slow" else _calibrated(comm, case)
-    problem, plans = solve(case, link, count_s, length)
-    way: Any = SlowLink(comm, link) if case.link == "slow" else comm
+    costs = _slow(comm, case) if case.link == "slow" else _calibrated(comm, case)
+    problem, plans = solve(case, costs)
+    way: Any = SlowLink(comm, costs.link) if case.link == "slow" else comm
     for run in range(runs + 1):
         for plan in plans:
             began, ended = walk(way, problem, plan)
@@ -256,29 +315,26 @@ def rank(number: int, port: int, case: Case, runs: int, out: Any) -> None:
     comm.close()
 
 
-def _calibrated(comm: Comm, case: Case) -> tuple[Line, float, int]:
-    """The same on every rank: what the slowest saw. `length` so that an exchange takes as long as it should."""
+def _calibrated(comm: Comm, case: Case) -> Exchanges:
+    """`length` so that an exchange of half the batch takes as long as it should; then the line, alone, and both at once."""
     half = case.samples // case.ag // 2
-    seconds = _slowest(measure(comm, 256 * case.ag))
-    per_row = seconds / (256 * case.ag)
-    wanted = case.exchange / per_row  # rows of an expert rank
+    few, many = FEW * case.ag, 8 * FEW * case.ag
+    first = fit(list(zip((few, many), measure(comm, [Load(few), Load(many)]), strict=True)))
+    wanted = (case.exchange - first.a) / first.b  # rows of an expert rank
     length = max(16, round(wanted * case.eg / (half * case.ag * CHOICES) / 16) * 16)
     whole = half * case.ag * CHOICES * length // case.eg
-    points = [(n * WIDTH, _slowest(measure(comm, n))) for n in (int(whole * size) for size in SIZES)]
-    return fit(points), _slowest(measure_counts(comm)), length
+    sizes = [int(whole * size) for size in SIZES]
+    *alone, both = measure(comm, [*map(Load, sizes), Load(whole, ("A2E", "E2A"))])
+    line = fit([(n * WIDTH, seconds) for n, seconds in zip(sizes, alone, strict=True)])
+    return Exchanges(line, measure_counts(comm), max(1.0, both / alone[-1]), measure_handover(comm), length)
 
 
-def _slow(comm: Comm, case: Case) -> tuple[Line, float, int]:
+def _slow(comm: Comm, case: Case) -> Exchanges:
     """A link of which half the batch takes so long as asked and half a millisecond, whatever it really takes."""
     half, length = case.samples // case.ag // 2, 16
     elements = half * case.ag * CHOICES * length // case.eg * WIDTH
-    return Line(0.0005, case.exchange / elements), _slowest(measure_counts(comm)), length
-
-
-def _slowest(seconds: float) -> float:
-    found = torch.tensor([seconds], dtype=torch.float64)
-    torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
-    return float(found)
+    line = Line(0.0005, case.exchange / elements)
+    return Exchanges(line, measure_counts(comm), 1.0, measure_handover(comm), length)
 
 
 def _said(out: Any, processes: Sequence[Any]) -> Any:
@@ -346,6 +402,8 @@ def summary(problem: Problem, plans: Sequence[Plan], said: Sequence[Any], kind: 
         "link_kind": kind,
         "link": list(machine.link(split)),
         "count_s": machine.count_s,
+        "both_ways": machine.both_ways,
+        "handover_s": 0.0 if machine.experts is None else 3 * machine.experts.a,
         "cores": os.cpu_count(),
         "plans": rows,
     }
@@ -355,7 +413,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Plans against walks with emulated compute.")
     numbers: list[tuple[str, Callable[[str], Any], Any]] = [
         ("ag", int, 2), ("eg", int, 2), ("layers", int, 5), ("samples", int, 4), ("max_r1", int, 2),
-        ("max_r2", int, 4), ("exchange", float, 0.015),
+        ("max_r2", int, 4), ("exchange", float, 0.03),
         ("attention", float, 4.0), ("expert", float, 4.0), ("runs", int, 7),
     ]  # fmt: skip
     for name, kind, default in numbers:

@@ -24,6 +24,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dep_extension.buffers import Buffers
+
 LOOK = timedelta(milliseconds=50)  # a waiting host looks this often whether somebody was lost
 SMALL_FLOATS = {dtype for name in dir(torch) if isinstance(dtype := getattr(torch, name), torch.dtype)
                 and dtype.is_floating_point and dtype.itemsize == 1}  # fmt: skip
@@ -140,6 +142,7 @@ class GroupComm:
         self.place, self.generation = place, generation
         self._a2e, self._e2a = groups
         self._watch, self._dtype, self._device, self._poison = watch, dtype, device, poison
+        self._buffers = Buffers()
         self._waiting: set[Exchange] = set()
         self._failed = False
 
@@ -187,7 +190,7 @@ class GroupComm:
     ) -> Exchange:
         assert sum(to) == len(sent), f"{sum(to)} rows by their splits, {len(sent)} by their tensor"
         self._check()
-        got = torch.empty(sum(of), width, dtype=sent.dtype, device=sent.device)
+        got = self._room(sum(of), width, sent)
         splits = self.place.spread(to), self.place.spread(of)
         try:
             told = _tell(group, *splits) if self._poison else None
@@ -198,6 +201,12 @@ class GroupComm:
         exchange = Exchange(self, work, sent, got, told)
         self._waiting.add(exchange)
         return exchange
+
+    def _room(self, many: int, width: int, like: Tensor) -> Tensor:
+        """(many, width) for what comes. A GPU's allocator keeps memory by itself."""
+        if like.device.type != "cpu":
+            return torch.empty(many, width, dtype=like.dtype, device=like.device)
+        return self._buffers.rows(many, width, like.dtype)
 
     def finish(self, work: Any, on_host: bool) -> None:
         """Wait for what was issued: the host where it holds tensors of the host, else the current stream."""

@@ -96,7 +96,8 @@ class Model:
 class Machine:
     """Fitted costs, in seconds; `links` by split. `memory_bytes` of one GPU. `experts`: of one product for all experts of a
     GPU, x = experts m k n; None: a product for each of them, as the paper counts. `overlap`: how much slower compute runs
-    beside a transfer (1: not at all). `count_s`: seconds of the exchange of counts."""
+    beside a transfer (1: not at all). `count_s`: seconds of the exchange of counts. `both_ways`: how much longer an exchange
+    takes while as much travels the other way (1: no longer; 2: the link carries no more than it does one way)."""
 
     name: str
     gpus: int
@@ -108,15 +109,17 @@ class Machine:
     overlap: float = 1.0
     source: str = ""
     experts: Line | None = None
+    both_ways: float = 1.0
 
     def __post_init__(self) -> None:
         """ValueError where something is no cost: not finite, negative, or none at all."""
         lines = {"gemm": self.gemm, "attention": self.attention, "experts": self.experts or self.gemm}
         lines |= {f"link {tuple(at)}": x for at, x in self.links.items()}
         values = {f"{what}.{part}": getattr(line, part) for what, line in lines.items() for part in Line._fields}
-        values |= {"memory_bytes": self.memory_bytes, "count_s": self.count_s, "overlap": self.overlap}
+        values |= {"memory_bytes": self.memory_bytes, "count_s": self.count_s}
+        values |= {"overlap": self.overlap, "both_ways": self.both_ways}
         for what, value in values.items():
-            least = 1.0 if what in ("memory_bytes", "overlap") else 0.0
+            least = 1.0 if what in ("memory_bytes", "overlap", "both_ways") else 0.0
             if not least <= value < math.inf:
                 raise ValueError(f"{what} of machine {self.name!r} is {value}, a cost is finite and at least {least:g}")
         if self.gpus < 2 or not self.links:

@@ -3,7 +3,7 @@ final say over a plan, and the bound below which none can be. Knows durations an
 machines.
 
     AG    attention and shared experts, in the plan's order        EG    expert chunks, as they arrive
-    A2E   one direction of the link                                E2A   the other
+    A2E   one direction of the link                                E2A   the other (where they slow each other: duplex.py)
 
     attention(l, i) after shared(l - 1, i) and every E2A(l - 1, i, *)     A2E(l, i, j), shared(l, i) after attention(l, i)
     expert(l, i, j) after A2E(l, i, j)                                    E2A(l, i, j) after expert(l, i, j)
@@ -17,6 +17,8 @@ from enum import Enum
 from typing import NamedTuple
 
 import numpy as np
+
+from dep_extension import duplex
 
 
 class Order(Enum):
@@ -51,6 +53,7 @@ class Work:
 
     Chunks of one micro-batch may differ: the last is smaller, and measured routing is uneven. A chunk of the expert group
     takes as long as its slowest GPU, since the exchange back is one for all. Chunks that are not there have duration 0.
+    `both_ways`: how much slower each direction of the link is while the other is busy, see `duplex.py`; 1: not at all.
     """
 
     layers: int
@@ -60,6 +63,7 @@ class Work:
     a2e_IJ: np.ndarray
     expert_IJ: np.ndarray
     e2a_IJ: np.ndarray
+    both_ways: float = 1.0
 
     @property
     def r1(self) -> int:
@@ -125,6 +129,8 @@ def every_order(r1: int) -> Iterator[list[Turn]]:
 
 def makespan(work: Work, order: Order | Sequence[Turn]) -> float:
     """Seconds until the last layer's last shared expert and last exchange back are over."""
+    if work.both_ways > 1:
+        return max(one.end for one in _duplex(work, order))
     return _run(work, turns(order, work.r1), None)
 
 
@@ -152,9 +158,20 @@ class _Run(NamedTuple):
 
 
 def _runs(work: Work, order: Order | Sequence[Turn]) -> list[_Run]:
+    if work.both_ways > 1:
+        return [
+            _Run(list(Resource)[at], piece.what, *piece[1:4], np.array([start]), np.array([end]))
+            for at, piece, start, end in _duplex(work, order)
+        ]
     found: list[_Run] = []
     _run(work, turns(order, work.r1), found)
     return found
+
+
+def _duplex(work: Work, order: Order | Sequence[Turn]) -> list[duplex.Done]:
+    lists = (work.a2e_IJ.tolist(), work.expert_IJ.tolist(), work.e2a_IJ.tolist())
+    parts = duplex.Durations(work.layers, work.attention_I.tolist(), work.shared_I.tolist(), work.count, *lists)
+    return duplex.run(parts, turns(order, work.r1), work.both_ways)
 
 
 def _run(work: Work, order: list[Turn], runs: list[_Run] | None) -> float:
@@ -222,12 +239,14 @@ def lower_bound(work: Work) -> float:
     ahead = first + work.count + float(work.a2e_IJ[:, 0].min())
     once = np.cumsum(work.a2e_IJ, axis=1) + work.count  # (r1, r2): when chunk j is over there, from the attention's end
     chain_I = np.array([_chain(work, i, once[i]) for i in range(work.r1)])
+    link = float(work.a2e_IJ.sum() + work.e2a_IJ.sum() + work.count * work.r1)
     last_back = float(min(row[row > 0].min() if (row > 0).any() else 0.0 for row in work.e2a_IJ))
     sums = (
         work.layers * float(work.attention_I.sum() + work.shared_I.sum()),
         first + work.layers * float(work.a2e_IJ.sum() + work.count * work.r1) + last_back,
         ahead + work.layers * float(work.expert_IJ.sum()) + last_back,
         ahead + float(work.expert_IJ[:, 0].min()) + work.layers * float(work.e2a_IJ.sum()),
+        first + work.layers * link * min(1.0, work.both_ways / 2),  # both directions together, were both always busy
     )
     return max(*sums, work.layers * float(chain_I.max()))
 

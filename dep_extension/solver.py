@@ -121,6 +121,7 @@ def work_of(problem: Problem, split: Split, cut: Cut, draw: int = 0) -> Work:
     """The durations of one cut, its last chunk smaller, uneven where the problem says how; `draw`: see `works_of`."""
     many, d = durations(problem.model, problem.machine, split, cut.samples, problem.length, cut.r2)
     even = Work.even(problem.model.layers, cut.r1, many, d.attention, d.shared, d.a2e, d.expert, d.e2a, d.counts)
+    even = replace(even, both_ways=problem.machine.both_ways)
     found = problem.burden(split)
     if found is not None:
         return _uneven(problem, split, cut, even, found, draw)
@@ -177,16 +178,22 @@ def findep_of(sites: Iterable[Site]) -> Plan | None:
     if not found:
         return None
     found.sort(key=lambda pair: -pair[1].estimate)
-    near = [pair for pair in found[:MOST_SIMULATED] if pair[1].estimate >= NEAR * found[0][1].estimate]
+    near = [pair for pair in found[:MOST_SIMULATED] if pair[1].estimate >= _near(pair[0][0]) * found[0][1].estimate]
     simulated = near if len(near) > SIMULATED else found[:SIMULATED]
     (problem, split), best = max(simulated, key=lambda pair: _simulated(pair[0][0], pair[0][1], pair[1]))
-    if problem.skew is not None:
+    if problem.skew is not None or problem.machine.both_ways > 1:
         best = max(_other_r2(problem, split, best), key=lambda c: _simulated(problem, split, c))
     return scored(problem, split, best.cut, best.order, "FinDEP")
 
 
+def _near(problem: Problem) -> float:
+    """Closed forms know nothing of directions that slow each other: then they are low by as much, at most."""
+    return NEAR / problem.machine.both_ways
+
+
 def _other_r2(problem: Problem, split: Split, found: _Candidate) -> Iterable[_Candidate]:
-    """Closed forms see the mean over measured chunks alone: under skew other numbers of chunks are simulated, too."""
+    """Closed forms see the mean over measured chunks alone, and a link whose directions do not slow each other: where that
+    is not so, other numbers of chunks are simulated, too."""
     samples, r1, r2 = found.cut
     most = min(problem.max_r2, tokens_per_expert(problem.model, split, samples, problem.length))
     for n in {*(1 << k for k in range(most.bit_length())), *range(max(1, r2 - 2), min(most, r2 + 2) + 1)}:

@@ -232,9 +232,10 @@ class Exchange:
         dist.barrier(group=self.group)
 
 
-def exchanges(bench: Bench, group: Any, split: tuple[int, int]) -> None:
-    """Both directions of one split, the counts ahead of them, and how much slower a product is beside them."""
-    of, name = Exchange(bench, group, split), f"{split[0]}:{split[1]}"
+def exchanges(bench: Bench, groups: tuple[Any, Any], split: tuple[int, int]) -> None:
+    """Both directions of one split, the counts ahead of them, how much slower they are at once, and a product beside them.
+    As in a run, each direction has a group of its own."""
+    of, back, name = Exchange(bench, groups[0], split), Exchange(bench, groups[1], split), f"{split[0]}:{split[1]}"
     most = _elements(bench, of)
     pairs = [max(1, most * part // SIZES // of.ag) for part in range(1, SIZES + 1)]
     for way, forth in (("a2e", True), ("e2a", False)):
@@ -242,6 +243,7 @@ def exchanges(bench: Bench, group: Any, split: tuple[int, int]) -> None:
         bench.say(f"{way} {name}", [(float(each * of.ag), y) for each, y in zip(pairs, took, strict=True)])
     counts = of.rows(2 * bench.sizes.experts + HEADER, True, torch.int64)
     bench.say(f"counts {name}", [(0.0, y) for y in of.medians([counts])])
+    bench.say(f"both {name}", [_both_ways(of, of.rows(pairs[-1], True), back.rows(pairs[-1], False))])
     bench.say(f"beside {name}", [_beside(bench, of, of.rows(pairs[-1], True))])
 
 
@@ -254,6 +256,17 @@ def _elements(bench: Bench, of: Exchange) -> int:
             break
         many *= 2
     return many
+
+
+def _both_ways(of: Exchange, forth: Callable[..., Any], back: Callable[..., Any]) -> tuple[float, float]:
+    """Seconds of the longest exchange alone, and while as much travels the other way."""
+
+    def both() -> None:
+        for work in [way(async_op=True) for way in (forth, back)]:
+            work.wait()
+
+    alone, together = of.medians([forth, both])
+    return alone, together
 
 
 def _beside(bench: Bench, of: Exchange, travel: Callable[..., Any]) -> tuple[float, float]:
@@ -287,13 +300,14 @@ def main(text: str) -> None:
     backend = "nccl" if order.device == "cuda" else "gloo"
     meet = Path(order.meet).as_uri()
     dist.init_process_group(backend, init_method=meet, rank=order.rank, world_size=order.world, timeout=PATIENCE)
-    groups = {split: dist.new_group(list(range(sum(split)))) for split in order.splits}
+    ranks = {split: list(range(sum(split))) for split in order.splits}
+    groups = {split: (dist.new_group(ranks[split]), dist.new_group(ranks[split])) for split in order.splits}
     if order.rank == 0:
         products(bench)
         attention(bench)
-    for split, group in groups.items():
+    for split, pair in groups.items():
         if order.rank < sum(split):
-            exchanges(bench, group, split)
+            exchanges(bench, pair, split)
         dist.barrier()  # a split at a time
     dist.destroy_process_group()
 

@@ -91,6 +91,7 @@ def _rows(found: Calibration) -> Iterator[tuple[str, str]]:
         straight = f"   R^2 {found.r2[what]:.6f}" if what in found.r2 else ""
         yield what, f"{a * 1e3:10.4f} ms + {b * 1e9:.4g} ns x{straight}"
     yield "counts", f"{machine.count_s * 1e3:10.4f} ms"
+    yield "both ways", f"exchanges take {machine.both_ways:.2f} of their time alone while as much goes the other way"
     yield "beside", f"products beside an exchange take {machine.overlap:.2f} of their time alone"
 
 

@@ -10,6 +10,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,8 @@ def test_two_processes_are_measured(measured: tuple[Calibration, list[str]]) -> 
     assert machine.name == this_machine() and machine.gpus == 2 and set(machine.links) == {Split(1, 1)}
     assert set(found.r2) == {"gemm", "attention", "experts", "link 1:1"}
     assert machine.gemm.b > 0 and machine.link(Split(1, 1)).b > 0 and machine.experts is not None
-    assert machine.count_s > 0 and machine.overlap >= 1 and machine.memory_bytes > 1e8
+    assert machine.count_s > 0 and machine.overlap >= 1 <= machine.both_ways and machine.memory_bytes > 1e8
+    assert any(row.startswith("both ways") for row in said)
     for line in ("gemm", "experts", "attention", "a2e 1:1", "e2a 1:1"):
         assert any(row.startswith(line) and "R^2" in row for row in said), line
     assert "worst R^2" in said[-1] and found.seconds < 120
@@ -92,6 +94,16 @@ def test_a_file_brings_back_what_was_saved(measured: tuple[Calibration, list[str
     for name in testbeds.names():
         save(testbeds.named(name), path)
         assert load(path) == testbeds.named(name)
+
+
+def test_a_file_from_before_directions_were_timed_at_once_is_still_one(tmp_path: Path) -> None:
+    path = tmp_path / "machine.json"
+    save(replace(testbeds.named("A"), both_ways=1.5), path)
+    assert load(path).both_ways == 1.5
+    data = json.loads(path.read_text())
+    del data["both_ways"]
+    path.write_text(json.dumps(data))
+    assert load(path) == testbeds.named("A")
 
 
 def test_a_file_of_another_machine_is_refused_by_name(tmp_path: Path) -> None:
@@ -118,6 +130,7 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "huge": (_set("gemm", [10**400, 1]), "gemm"),
     "overflow": (_set("count_s", "1e999"), "count_s is no finite number"),
     "negative": (_set("attention", [0, -1e-9]), "attention.b of machine .* is -1e-09"),
+    "faster": (_set("both_ways", 0.5), "both_ways of machine .* is 0.5, a cost is finite and at least 1"),
     "bool": (_set("gpus", True), "gpus is no whole number"),
     "many": (_set("gpus", 1 << 40), "gpus is no whole number"),
     "short": (_set("gemm", [1.0]), r"gemm is not \[a, b\]"),

@@ -19,6 +19,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
+from dep_extension.buffers import SMALL, Buffers
 from dep_extension.comm import Comm, Exchange, Place, Role
 from dep_extension.faults import Bounds
 from dep_extension.local import LocalHandle, local_world, together
@@ -136,14 +137,41 @@ def check_splits_that_differ_are_caught(comm: Comm) -> None:
         handle.wait()
 
 
+def check_received_rows_outlive_later_exchanges(comm: Comm, buffers: Buffers) -> None:
+    """Large ones, whose memory is used again: what is kept stays, what is not kept comes back."""
+    width, kept = SMALL, dict[int, Tensor]()
+    for number in range(8):
+        value = float(number)
+        if comm.place.role is Role.ATTENTION:
+            comm.dispatch(torch.full((EG, width), value), [1] * EG, [0] * EG, width).wait()
+            continue
+        came = comm.dispatch(None, [0] * AG, [1] * AG, width).wait()
+        assert came.eq(value).all()
+        if number % 3 == 0:
+            kept[number] = came[1:]
+        assert all(rows.eq(float(then)).all() for then, rows in kept.items())
+        del came
+    assert comm.place.role is Role.ATTENTION or buffers.free_bytes >= 4 * AG * width
+
+
 def check_what_must_fail(rank: int) -> None:
     os.environ["TORCHELASTIC_RESTART_COUNT"] = "99"
     comm = open_world(Place.of(rank, AG, EG), torch.float32, bounds=Bounds(form=30), poison=True)
+    check_received_rows_outlive_later_exchanges(comm, comm._comm._buffers)
     check_a_removed_wait_is_caught(comm._comm, Exchange)
     check_rows_written_under_way_are_caught(comm)
     dist.barrier()
     check_splits_that_differ_are_caught(comm)
     dist.barrier()  # nobody leaves while another still reads
+    comm.close()
+
+
+def check_memory_is_used_again(rank: int) -> None:
+    """Without poison, which would hand out copies: what is read is the memory itself."""
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = "98"
+    comm = open_world(Place.of(rank, AG, EG), torch.float32, bounds=Bounds(form=30), poison=False)
+    check_received_rows_outlive_later_exchanges(comm, comm._comm._buffers)
+    dist.barrier()
     comm.close()
 
 
@@ -159,6 +187,7 @@ def everyone(rank: int, port: int, reports: Any) -> None:
             for check in CHECKS:
                 check(comm, dtype)
             comm.close()
+        check_memory_is_used_again(rank)
         check_what_must_fail(rank)
     except BaseException:
         reports.put((rank, traceback.format_exc()))

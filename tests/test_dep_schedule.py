@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -97,6 +98,48 @@ def test_a_timeline_keeps_every_rule() -> None:
 
 
 LINKS = (Resource.A2E, Resource.E2A)
+
+
+def test_events_are_the_sums_where_directions_do_not_slow_each_other() -> None:
+    rng = random.Random(5)
+    for _ in range(200):
+        work, order = random_work(rng), rng.choice((Order.ASAS, Order.AASS))
+        barely = replace(work, both_ways=1 + 1e-12)
+        assert makespan(barely, order) == pytest.approx(makespan(work, order), rel=1e-9)
+        assert exposed_link_s(barely, order) == pytest.approx(exposed_link_s(work, order), rel=1e-9, abs=1e-9)
+
+
+def test_directions_slow_each_other_while_both_are_busy_and_no_longer() -> None:
+    """4 s each alone. A2E of the second goes from 5 on, E2A of the first from 6: from there both at half the pace."""
+    work = Work.even(1, 2, 1, 1.0, 0.0, 4.0, 1.0)
+    assert makespan(work, Order.ASAS) == 14
+    at = {(t.what, t.batch): (t.start, t.end) for t in timeline(replace(work, both_ways=2.0), Order.ASAS)}
+    assert at["a2e", 1] == (5, 12) and at["e2a", 0] == (6, 13) and at["e2a", 1] == (13, 17)
+
+
+def test_every_rule_is_kept_where_directions_slow_each_other() -> None:
+    rng = random.Random(6)
+    for _ in range(200):
+        work, order = random_work(rng), rng.choice((Order.ASAS, Order.AASS))
+        shared = replace(work, both_ways=rng.choice((1.3, 2.0, 3.0)))
+        tasks = timeline(shared, order)
+        check(shared, tasks)
+        check_paces(shared, tasks)
+        assert (
+            makespan(work, order) - 1e-9 <= makespan(shared, order) <= makespan(work, order) * shared.both_ways + 1e-9
+        )
+        assert lower_bound(shared) <= makespan(shared, order) * (1 + 1e-12)
+
+
+def check_paces(work: Work, tasks: list[Task]) -> None:
+    """What each exchange got done, by when the other direction was busy, is what it takes alone."""
+    for task in (t for t in tasks if t.resource in LINKS):
+        others = [t for t in tasks if t.resource in LINKS and t.resource is not task.resource]
+        beside = sum(max(0.0, min(t.end, task.end) - max(t.start, task.start)) for t in others)
+        alone = {"count": work.count}.get(task.what) or {"a2e": work.a2e_IJ, "e2a": work.e2a_IJ}[task.what][
+            task.batch, task.chunk
+        ]
+        assert task.end - task.start - beside + beside / work.both_ways == pytest.approx(alone), task
 
 
 def check(work: Work, tasks: list[Task]) -> None:

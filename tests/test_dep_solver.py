@@ -50,10 +50,10 @@ def problem(model: Model = DEEPSEEK, length: int = 2048, **options: object) -> P
 
 
 @pytest.mark.parametrize("model", [DEEPSEEK, QWEN], ids=lambda m: m.name)
-@pytest.mark.parametrize("samples", [None, 24])
-def test_the_plan_is_the_best_of_all_cuts_and_both_orders(model: Model, samples: int | None) -> None:
+@pytest.mark.parametrize(("samples", "both_ways"), [(None, 1.0), (24, 1.0), (24, 2.0)])
+def test_the_plan_is_the_best_of_all_cuts_and_both_orders(model: Model, samples: int | None, both_ways: float) -> None:
     split = Split(2, 6)
-    machine = replace(PAPER, memory_bytes=20e9 if model is DEEPSEEK else 24e9)
+    machine = replace(PAPER, memory_bytes=20e9 if model is DEEPSEEK else 24e9, both_ways=both_ways)
     asked = Problem(model, machine, 1024, samples, max_r1=4, max_r2=12)
     found, fits = findep(asked, split), room(model, machine, split, 1024)
     assert found is not None and fits is not None
