@@ -93,11 +93,12 @@ def largest_r1(fits: Room, samples: int) -> int:
     return max(0, int((fits.free_bytes / samples - fits.attending_bytes) // fits.waiting_bytes))
 
 
-def largest_samples(fits: Room) -> int:
-    """The most in one micro-batch."""
-    attended = fits.free_bytes // (fits.waiting_bytes + fits.attending_bytes)
+def largest_samples(fits: Room, r1: int = 1) -> int:
+    """The most in each of `r1` micro-batches."""
+    attended = fits.free_bytes // (r1 * fits.waiting_bytes + fits.attending_bytes)
     passed = fits.expert_free_bytes // fits.rows_bytes if fits.rows_bytes else math.inf
-    return int(min(attended, passed))
+    most = int(max(0.0, min(attended, passed)))
+    return most if most == 0 or fits.holds(most, r1) else most - 1  # by a rounding error
 
 
 def splits(model: Model, gpus: int, replicas: int = 1) -> Iterator[Split]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -16,8 +16,6 @@ import numpy as np
 from dep_extension.closed import aass_s, asas_s, best_r2, printed_s
 from dep_extension.cost import (
     Line,
-    Machine,
-    Model,
     Split,
     attention_s,
     chunks,
@@ -27,101 +25,23 @@ from dep_extension.cost import (
     shared_s,
     tokens_per_expert,
 )
-from dep_extension.imbalance import Burden, Held, Loads, burden, burden_of_shares
-from dep_extension.partition import Room, largest_r1, largest_samples, room, shares, shares_after, splits
+from dep_extension.imbalance import Burden
+from dep_extension.partition import Room, largest_r1, largest_samples, shares, shares_after, splits
+from dep_extension.placement import Held, Placement, repeated
+from dep_extension.problem import MAX_R2, Cut, Plan, Problem, as_planned
 from dep_extension.schedule import Order, Turn, Work, every_order, exposed_link_s, lower_bound, makespan, turns
 
-MAX_R2 = 64
 SIMULATED, MOST_SIMULATED = 12, 48  # of the candidates, those best by their closed forms: these are low by
 NEAR = 0.9  # a tenth at most
 DRAWS = 4  # of measured chunks, that a plan is judged by
 MAX_FREE = 5  # micro-batches up to which all orders of the attention group are tried: 42 of them
 
 
-@dataclass(frozen=True)
-class Problem:
-    """`samples`: of the whole batch, over all attention GPUs, where it is fixed; None: as many as fit. Each of `length`
-    tokens.
-
-    `skew`: measured loads of the experts; None: all are alike. `replicas`: expert GPUs that hold each expert. `held`: who
-    holds what, of a split with as many expert GPUs; None: as `partition.shares` says.
-    """
-
-    model: Model
-    machine: Machine
-    length: int
-    samples: int | None = None
-    max_r1: int = 8
-    max_r2: int = MAX_R2
-    skew: Loads | None = None
-    replicas: int = 1
-    held: Held | None = None
-
-    def __post_init__(self) -> None:
-        if self.skew is not None and self.skew.experts != self.model.experts:
-            raise ValueError(
-                f"loads are of {self.skew.experts} experts, {self.model.name} has {self.model.experts}: measure them on it"
-            )
-        if self.length < 1 or (self.samples is not None and self.samples < 1):
-            raise ValueError(
-                f"{self.samples} samples of {self.length} tokens are nothing to plan for: ask for at least 1 of 1"
-            )
-
-    def burden(self, split: Split) -> Burden | None:
-        """Of a split's expert GPUs; None where the costs of balanced experts say it all."""
-        if self.skew is None and self.held is None and self.replicas == 1:
-            return None
-        if self.held is None:
-            return burden_of_shares(self.skew, self.model.experts, split.eg, self.replicas)
-        if len(self.held) != split.eg:
-            raise ValueError(f"{len(self.held)} expert GPUs are said to hold experts, the split has {split.eg}")
-        return burden(self.skew, self.held, self.model.experts)
-
-    def room(self, split: Split) -> Room | None:
-        found = self.burden(split)
-        given = (None, None) if found is None else (found.experts, float(found.most_C.max()))
-        return room(self.model, self.machine, split, self.length, *given)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How to run. `samples`: in a micro-batch on each attention GPU (m_a); `tokens`: of each expert in a chunk (m_e).
-
-    `makespan_s` by the simulation; `bound_s`: no order of the same cut can be faster. Throughput in tokens per second.
-    """
-
-    name: str
-    split: Split
-    samples: int
-    r1: int
-    r2: int
-    tokens: int
-    order: tuple[Turn, ...]
-    makespan_s: float
-    bound_s: float
-    exposed_s: float
-    tokens_per_s: float
-    replicas: int = 1
-
-    @property
-    def gap(self) -> float:
-        """How far from the bound, at most: 0 is optimal."""
-        return self.makespan_s / self.bound_s - 1
-
-
-class Cut(NamedTuple):
-    """A way to cut: samples per micro-batch and GPU, micro-batches, chunks."""
-
-    samples: int
-    r1: int
-    r2: int
-
-
 def work_of(problem: Problem, split: Split, cut: Cut, draw: int = 0) -> Work:
     """The durations of one cut, its last chunk smaller, uneven where the problem says how; `draw`: see `works_of`."""
     many, d = durations(problem.model, problem.machine, split, cut.samples, problem.length, cut.r2)
     even = Work.even(problem.model.layers, cut.r1, many, d.attention, d.shared, d.a2e, d.expert, d.e2a, d.counts)
-    found = problem.burden(split)
+    found = problem.burden(split.eg)
     if found is not None:
         return _uneven(problem, split, cut, even, found, draw)
     for row, last in ((even.a2e_IJ, d.last[0]), (even.expert_IJ, d.last[1]), (even.e2a_IJ, d.last[2])):
@@ -131,7 +51,7 @@ def work_of(problem: Problem, split: Split, cut: Cut, draw: int = 0) -> Work:
 
 def works_of(problem: Problem, split: Split, cut: Cut) -> list[Work]:
     """Under skew several draws of the measured chunks: who saw one sequence of them alone would plan for that sequence."""
-    found = problem.burden(split)
+    found = problem.burden(split.eg)
     many = DRAWS if found is not None and len(found.most_C) > 1 else 1
     return [work_of(problem, split, cut, draw) for draw in range(many)]
 
@@ -231,11 +151,11 @@ def _frontier(problem: Problem, split: Split) -> Iterable[tuple[int, int]]:
             problem, split
         )  # busy chunks of many micro-batches may fall together: fewer can be better
     former = 0
-    for samples in range(largest_samples(fits), 0, -1):
-        r1 = min(problem.max_r1, largest_r1(fits, samples))
-        if r1 not in (0, former):
-            former = r1
-            yield samples, r1
+    for r1 in range(1, problem.max_r1 + 1):
+        samples = largest_samples(fits, r1)
+        if samples and (most := min(problem.max_r1, largest_r1(fits, samples))) != former:
+            former = most
+            yield samples, most
 
 
 def _candidates(problem: Problem, split: Split, at: tuple[int, int]) -> Iterable[_Candidate]:
@@ -268,7 +188,7 @@ def _closed_cost(
 def _per_tokens(problem: Problem, split: Split) -> tuple[Callable[[float], float], Callable[[float], float]]:
     """Seconds of a chunk on the expert group and of one of its transfers, by tokens of an expert: the mean over chunks."""
     model, machine = problem.model, problem.machine
-    found = problem.burden(split)
+    found = problem.burden(split.eg)
     if found is None:
         link = machine.link(split)
         each = model.experts / split.eg * model.hidden
@@ -296,6 +216,8 @@ def scored(problem: Problem, split: Split, cut: Cut, order: Order | Sequence[Tur
         sum(exposed_link_s(work, order) for work in works) / len(works),
         _tokens(problem, split, cut) / seconds,
         problem.replicas,
+        problem.spare,
+        problem.placement(split.eg),
     )
 
 
@@ -336,7 +258,7 @@ def _all_pairs(problem: Problem, split: Split) -> Iterable[tuple[int, int]]:
         if problem.samples is not None:
             samples = math.ceil(math.ceil(problem.samples / split.ag) / r1)
         else:
-            samples = max((m for m in range(1, largest_samples(fits) + 1) if fits.holds(m, r1)), default=0)
+            samples = largest_samples(fits, r1)
         if samples and fits.holds(samples, r1) and (samples, r1) not in seen:
             seen.add((samples, r1))
             yield samples, r1
@@ -382,10 +304,10 @@ def best_split(
 
 
 class AfterLoss(NamedTuple):
-    """What goes on once expert GPUs are gone: the plan, who holds what, and how many experts of a layer must be loaded."""
+    """What goes on once expert GPUs are gone: the plan, who holds what, and how many experts must be loaded, over all layers."""
 
     plan: Plan
-    held: Held
+    held: Placement
     loaded: int
 
 
@@ -399,18 +321,23 @@ def survived(problem: Problem, plan: Plan, lost: Collection[int] = (0,)) -> Afte
     """Plan anew for the expert GPUs that are left once those of these numbers are gone and the others took over what nobody
     holds any more: nothing, where there are replicas enough. None where they have no room, or where nobody is left.
     """
-    before = shares(problem.model.experts, plan.split.eg, plan.replicas) if problem.held is None else problem.held
+    before = problem.held or plan.held or (shares(problem.model.experts, plan.split.eg, plan.replicas),)
     if len(set(lost)) >= plan.split.eg:
         return None
-    held = shares_after(before, lost)
-    left = replace(problem, replicas=plan.replicas, held=held)
-    found = findep(left, Split(plan.split.ag, len(held)))
-    kept = len({expert for rank, one in enumerate(before) if rank not in lost for expert in one})
-    return None if found is None else AfterLoss(found, held, problem.model.experts - kept)
+    before = repeated(before, problem.model.layers)
+    held = tuple(shares_after(layer, lost) for layer in before)
+    found = findep(replace(as_planned(problem, plan), held=held), Split(plan.split.ag, len(held[0])))
+    return None if found is None else AfterLoss(found, held, sum(map(_orphans, before, held, [set(lost)] * len(held))))
+
+
+def _orphans(before: Held, after: Held, lost: set[int]) -> int:
+    """Experts of a layer that somebody has to load."""
+    kept = [set(one) for rank, one in enumerate(before) if rank not in lost]
+    return sum(len(set(new) - old) for new, old in zip(after, kept, strict=True))
 
 
 __all__ = [
-    "AfterLoss", "Cut", "Plan", "Problem", "Room", "aass_s", "after_loss", "asas_s", "best_r2", "best_split",
-    "findep", "findep_of", "interleaved", "mean_makespan", "naive", "pppipe", "printed_s", "scored",
+    "MAX_R2", "AfterLoss", "Cut", "Plan", "Problem", "Room", "aass_s", "after_loss", "as_planned", "asas_s", "best_r2",
+    "best_split", "findep", "findep_of", "interleaved", "mean_makespan", "naive", "pppipe", "printed_s", "scored",
     "survived", "work_of", "works_of",
 ]  # fmt: skip
