@@ -76,12 +76,9 @@ def _copied(problem: Problem, gpus: int, spare: int | None) -> Iterator[Problem]
 
 
 def spares(problem: Problem, ranks: int) -> Iterator[int]:
-    """None, and powers of two up to where each of the ranks holds every expert."""
-    yield 0
-    n = 1
-    while n < problem.model.experts - problem.model.experts // ranks:
-        yield n
-        n *= 2
+    """None, powers of two, and as many as let each of the ranks hold every expert."""
+    most = problem.model.experts - math.ceil(problem.model.experts / ranks)
+    yield from sorted({0, most, *(1 << k for k in range(most.bit_length()))})
 
 
 def _best(problem: Problem, gpus: int, micro_batches: int) -> Colocated | None:

@@ -172,9 +172,7 @@ def zipf(experts: int, exponent: float, chunks: int = 32, seed: int = 0) -> Load
     return Loads.of([draw.permutation(falling_E).tolist() for _ in range(chunks)], f"made: Zipf {exponent:g}")
 
 
-def settled(
-    experts: int, exponent: float, tokens: int, layers: int = 4, chunks: int = 16, seed: int = 0
-) -> Loads:
+def settled(experts: int, exponent: float, tokens: int, layers: int = 4, chunks: int = 16, seed: int = 0) -> Loads:
     """As `zipf`, but each layer has its own hot experts, which stay: chunks differ as so many draws of them do. Made, not
     measured."""
     share_E = 1 / np.arange(1, experts + 1) ** exponent

@@ -70,7 +70,13 @@ class Need(NamedTuple):
 
 
 def least(
-    model: Model, splits: Iterable[Split], length: int, samples: int | None, micro_batches: int, replicas: int = 1
+    model: Model,
+    splits: Iterable[Split],
+    length: int,
+    samples: int | None,
+    micro_batches: int,
+    replicas: int = 1,
+    spare: int = 0,
 ) -> Need:
     """Of these splits: weights and one sample on each attention GPU, or `samples` in all, in so many micro-batches."""
     found = []
@@ -81,7 +87,7 @@ def least(
         waiting = each * length * (model.token_kv_bytes + model.token_waiting_bytes)
         attention = model.trunk_bytes + waiting + at_once * length * model.token_attending_bytes
         rows = IN_AND_OUT * hidden * at_once * split.ag * model.choices / split.eg
-        local = math.ceil(model.experts * replicas / split.eg)
+        local = min(model.experts, math.ceil(model.experts * replicas / split.eg) + spare)
         found.append(Need(split, max(attention, expert_gpu_bytes(model, local) + rows) / RESERVE))
     return min(found, key=lambda need: need.n_bytes)
 

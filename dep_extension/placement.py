@@ -68,11 +68,15 @@ def checked(placement: Placement, experts_L: Sequence[int], ranks: int) -> Place
     """As it is, for a model with so many experts in each layer. ValueError of one line where it is of another model, or of
     another number of ranks, or where an expert is nowhere or twice on a rank."""
     if len(placement) != len(experts_L):
-        raise ValueError(f"experts are placed for {len(placement)} layers, the model has {len(experts_L)}: plan it anew")
+        raise ValueError(
+            f"experts are placed for {len(placement)} layers, the model has {len(experts_L)}: plan it anew"
+        )
     for layer, (held, experts) in enumerate(zip(placement, experts_L, strict=True)):
         here = set().union(*held) if held else set()
         if len(held) != ranks:
-            raise ValueError(f"experts of layer {layer} are placed on {len(held)} ranks, there are {ranks}: plan it anew")
+            raise ValueError(
+                f"experts of layer {layer} are placed on {len(held)} ranks, there are {ranks}: plan it anew"
+            )
         if here != set(range(experts)):
             what = f"layer {layer} has {experts} experts, {len(here & set(range(experts)))} of them are placed"
             raise ValueError(f"{what} and {len(here - set(range(experts)))} others: plan it anew")

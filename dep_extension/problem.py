@@ -51,7 +51,9 @@ class Problem:
             )
         if self.spare is not None and (self.skew is None or self.replicas > 1 or self.spare < 0):
             what = f"{self.spare} spare places with {self.replicas} replicas"
-            raise ValueError(f"{what}{'' if self.skew else ' and no loads'}: give loads, and at least 0 places or replicas")
+            raise ValueError(
+                f"{what}{'' if self.skew else ' and no loads'}: give loads, and at least 0 places or replicas"
+            )
 
     def burden(self, ranks: int) -> Burden | None:
         """Of so many expert GPUs; None where the costs of balanced experts say it all."""

@@ -12,10 +12,12 @@ from typing import NamedTuple
 from dep_extension.colocated import Colocated, colocated, spares
 from dep_extension.cost import Split
 from dep_extension.partition import splits
-from dep_extension.solver import Plan, Problem, Site, as_planned, findep, findep_of, interleaved, naive, pppipe
+from dep_extension.problem import Plan, Problem, as_planned
+from dep_extension.solver import Site, findep, findep_of, interleaved, naive, naive_of, pppipe, pppipe_of
 
 ALL_SPLITS = 64  # GPUs up to which every ratio is tried; beyond, GRID of them and then those around the best
 GRID = 24
+GAIN = 1.005  # times the tokens per second that more copies must bring
 NEAR_SPLITS = 7  # ratios on either side of the best, for which experts are also placed by their loads
 
 
@@ -52,13 +54,12 @@ def ways(problem: Problem, gpus: int, split: Split | None = None, copying: Copyi
     """The best of each way, of the ratio and the copies asked for. None where the model fits no split."""
     uniform = _uniform_best(problem, gpus, split, copying)
     placed = list(_placed(problem, gpus, split, copying, uniform))
-    found = _best((uniform, findep_of(placed)))
+    found = _worth(uniform, placed)
     if found is None:
         return None
     many = [] if uniform is None else _near(problem, gpus, uniform, copying)
     sites = [(other, one) for other in many for one in _tried(other, gpus, split)] + placed
-    serial, ping_pong = (_best(solve(*site) for site in sites) for solve in (naive, pppipe))
-    return Ways(found, serial, ping_pong, colocated(problem, gpus, copying.spare))
+    return Ways(found, naive_of(sites), pppipe_of(sites), colocated(problem, gpus, copying.spare))
 
 
 @dataclass(frozen=True)
@@ -70,9 +71,7 @@ class Comparison:
     rows: list[Row]
 
 
-def compare(
-    problem: Problem, gpus: int, split: Split | None = None, copying: Copying = FREE
-) -> Comparison | None:
+def compare(problem: Problem, gpus: int, split: Split | None = None, copying: Copying = FREE) -> Comparison | None:
     """The best ratio and copies, or those asked for, beside everything else. None where nothing fits."""
     found = ways(problem, gpus, split, copying)
     if found is None:
@@ -105,7 +104,20 @@ def _best(plans: Iterable[Plan | None]) -> Plan | None:
 def best_plan(problem: Problem, gpus: int, split: Split | None = None, copying: Copying = FREE) -> Plan | None:
     """FinDEP's over all ratios and ways to copy experts, where they are not given."""
     uniform = _uniform_best(problem, gpus, split, copying)
-    return _best((uniform, findep_of(_placed(problem, gpus, split, copying, uniform))))
+    return _worth(uniform, _placed(problem, gpus, split, copying, uniform))
+
+
+def _worth(uniform: Plan | None, placed: Iterable[Site]) -> Plan | None:
+    """Spare places are memory: more of them are taken only where they gain. Placing by loads alone takes none."""
+    by_spare: dict[int, list[Site]] = {}
+    for site in placed:
+        by_spare.setdefault(site[0].spare or 0, []).append(site)
+    best = None
+    for _, sites in sorted(by_spare.items()):
+        found = findep_of(sites)
+        if found is not None and (best is None or found.tokens_per_s > best.tokens_per_s * GAIN):
+            best = found
+    return _best((best, uniform))
 
 
 def _uniform_best(problem: Problem, gpus: int, split: Split | None, copying: Copying) -> Plan | None:
@@ -122,28 +134,18 @@ def _uniform_best(problem: Problem, gpus: int, split: Split | None, copying: Cop
     return _best((found, findep_of((near, one) for one in _around(near, gpus, found.split))))
 
 
-def _placed(
-    problem: Problem, gpus: int, split: Split | None, copying: Copying, uniform: Plan | None
-) -> Iterator[Site]:
+def _placed(problem: Problem, gpus: int, split: Split | None, copying: Copying, uniform: Plan | None) -> Iterator[Site]:
     """With experts where their loads say, copies of hot ones in spare places; none where loads are not known. Around the
     best ratio of uniform copies: what is placed evenly needs no other one by far."""
     if problem.skew is None or copying.replicas is not None:
         return
-    if split is not None:
-        tried = [split]
-    else:
-        tried = list(ratios(problem, gpus))
-        at = len(tried) // 2 if uniform is None else min(range(len(tried)), key=lambda i: _far(tried[i], uniform.split))
-        if gpus > 2 * NEAR_SPLITS or uniform is None:
-            tried = tried[max(0, at - NEAR_SPLITS) : at + NEAR_SPLITS + 1]
-        tried += [uniform.split] if uniform is not None and uniform.split not in tried else []
+    tried = _tried(problem, gpus, split)
+    if uniform is not None and len(tried) > 2 * NEAR_SPLITS:
+        near = sorted(tried, key=lambda one: abs(math.log(one.eg / uniform.split.eg)))
+        tried = [uniform.split, *(one for one in near[: 2 * NEAR_SPLITS] if one != uniform.split)]
     for one in tried:
         for spare in spares(problem, one.eg) if copying.spare is None else [copying.spare]:
             yield replace(problem, spare=spare), one
-
-
-def _far(one: Split, other: Split) -> float:
-    return abs(math.log(one.eg / other.eg))
 
 
 def numbers_of_replicas(problem: Problem, gpus: int, split: Split | None = None) -> list[int]:

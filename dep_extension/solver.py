@@ -222,26 +222,46 @@ def scored(problem: Problem, split: Split, cut: Cut, order: Order | Sequence[Tur
 
 
 def naive(problem: Problem, split: Split) -> Plan | None:
-    """Everything one after the other: one micro-batch, one chunk."""
-    fits = problem.room(split)
-    each = None if problem.samples is None else math.ceil(problem.samples / split.ag)
-    samples = 0 if fits is None else largest_samples(fits) if each is None else each
-    if fits is None or samples == 0 or not fits.holds(samples, 1):
-        return None
-    return scored(problem, split, Cut(samples, 1, 1), _glued(1), "naive DEP")
+    """Everything one after the other: one micro-batch, one chunk. None where the model does not fit."""
+    return naive_of([(problem, split)])
+
+
+def naive_of(sites: Iterable[Site]) -> Plan | None:
+    """The best of several splits, or ways to copy experts."""
+    found = []
+    for problem, split in sites:
+        fits = problem.room(split)
+        each = None if problem.samples is None else math.ceil(problem.samples / split.ag)
+        samples = 0 if fits is None else largest_samples(fits) if each is None else each
+        if fits is not None and samples and fits.holds(samples, 1):
+            found.append((problem, split, Cut(samples, 1, 1)))
+    return _best_glued(found, "naive DEP")
 
 
 def pppipe(problem: Problem, split: Split) -> Plan | None:
     """MegaScale-Infer's ping-pong: micro-batches, no chunks, and shared experts computed with attention."""
-    cuts = [Cut(samples, r1, 1) for samples, r1 in _all_pairs(problem, split)]
-    if not cuts:
-        return None
+    return pppipe_of([(problem, split)])
 
-    def rate(cut: Cut) -> float:
-        return _tokens(problem, split, cut) / mean_makespan(works_of(problem, split, cut), _glued(cut.r1))
 
-    best = max(cuts, key=rate)
-    return scored(problem, split, best, _glued(best.r1), "PPPipe")
+def pppipe_of(sites: Iterable[Site]) -> Plan | None:
+    """The best of several splits, or ways to copy experts."""
+    pairs = ((problem, split, pair) for problem, split in sites for pair in _all_pairs(problem, split))
+    return _best_glued([(problem, split, Cut(samples, r1, 1)) for problem, split, (samples, r1) in pairs], "PPPipe")
+
+
+def _best_glued(found: list[tuple[Problem, Split, Cut]], name: str) -> Plan | None:
+    """Simulated from the most promising down, until no bound of the others promises more."""
+    works = [works_of(*one) for one in found]
+    tokens = [_tokens(*one) for one in found]
+    bound = [many * len(each) / sum(map(lower_bound, each)) for many, each in zip(tokens, works, strict=True)]
+    best, rate = None, 0.0
+    for i in sorted(range(len(found)), key=lambda i: -bound[i]):
+        if bound[i] <= rate:
+            break
+        mine = tokens[i] / mean_makespan(works[i], _glued(found[i][2].r1))
+        if mine > rate:
+            best, rate = found[i], mine
+    return None if best is None else scored(*best, _glued(best[2].r1), name)
 
 
 def _glued(r1: int) -> list[Turn]:
@@ -338,6 +358,6 @@ def _orphans(before: Held, after: Held, lost: set[int]) -> int:
 
 __all__ = [
     "MAX_R2", "AfterLoss", "Cut", "Plan", "Problem", "Room", "aass_s", "after_loss", "as_planned", "asas_s", "best_r2",
-    "best_split", "findep", "findep_of", "interleaved", "mean_makespan", "naive", "pppipe", "printed_s", "scored",
+    "best_split", "findep", "findep_of", "interleaved", "mean_makespan", "naive", "naive_of", "pppipe", "pppipe_of", "printed_s", "scored",
     "survived", "work_of", "works_of",
 ]  # fmt: skip
