@@ -22,8 +22,8 @@ from duoserve.depcopies import copies_json, copies_table
 from duoserve.kernels import kernels
 
 if TYPE_CHECKING:
-    from dep_extension.cost import Split
     from dep_extension.colocated import Colocated
+    from dep_extension.cost import Split
     from dep_extension.ratio import Comparison
     from dep_extension.solver import AfterLoss, Plan, Problem
 
@@ -81,6 +81,7 @@ def plan(
     from dep_extension.planfile import save as write_plan
     from dep_extension.planfile import to_json
     from dep_extension.ratio import Copying, compare
+    from duoserve.depsubject import whose
 
     _check(gpus, batch, length, max_r1, replicas)
     split = _split(ratio, gpus)
@@ -95,6 +96,7 @@ def plan(
         if path is not None and not path.absolute().parent.is_dir():
             raise Refusal("E_IO", f"{path.parent} is no folder", "give a file in one that is there")
     problem = _problem(model, machine, gpus, batch, length, max_r1, skew, link, memory)
+    owner = whose(machine, problem.machine)
     found = compare(problem, gpus, split, Copying(replicas, spare))
     if found is None:
         raise _no_room(problem, gpus, split, replicas, spare)
@@ -103,10 +105,10 @@ def plan(
     if png is not None or perfetto is not None:
         _pictures(problem, found.plan, png, perfetto)
     if as_json:
-        beside = {"beside": _beside(problem, found)}
+        beside = {"beside": _beside(problem, found) | {"machine": owner}}
         print(json.dumps(to_json(found.plan, problem.model.name, problem.machine.name) | beside))
         return
-    for what, says in table(problem, found):
+    for what, says in table(problem, found, owner):
         print(f"{what:18s}{says}".rstrip())
 
 
@@ -181,11 +183,13 @@ def _pictures(problem: Problem, plan: Plan, png: Path | None, perfetto: Path | N
         write_trace(perfetto, tasks, title)
 
 
-def table(problem: Problem, found: Comparison) -> Iterator[tuple[str, str]]:
-    """Rows for people."""
+def table(problem: Problem, found: Comparison, owner: str | None = None) -> Iterator[tuple[str, str]]:
+    """Rows for people. `owner`: whose costs these are, where it matters."""
     plan, machine = found.plan, problem.machine
     yield "simulated", f"{problem.model.name} on {machine.name}: no measurement"
     yield "costs", textwrap.shorten(machine.source or "calibrated", 120, placeholder=" ...")
+    if owner is not None:
+        yield "machine", owner
     if problem.skew is not None:
         yield (
             "loads",
