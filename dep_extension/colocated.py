@@ -25,6 +25,7 @@ from dep_extension.partition import IN_AND_OUT, RESERVE, expert_gpu_bytes
 from dep_extension.problem import Problem
 
 OVERLAPPED = 2  # micro-batches
+MOST_PLACES = 1 << 14  # of a layer, that are tried to be filled: some 20 ms
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,12 @@ def _copied(problem: Problem, gpus: int, spare: int | None) -> Iterator[Problem]
 
 
 def spares(problem: Problem, ranks: int) -> Iterator[int]:
-    """None, powers of two, and as many as let each of the ranks hold every expert."""
-    most = problem.model.experts - math.ceil(problem.model.experts / ranks)
-    yield from sorted({0, most, *(1 << k for k in range(most.bit_length()))})
+    """None, powers of two, and as many as let each of the ranks hold every expert; what takes long to place is left out."""
+    share = math.ceil(problem.model.experts / ranks)
+    most = problem.model.experts - share
+    for n in sorted({0, most, *(1 << k for k in range(most.bit_length()))}):
+        if n == 0 or ranks * (share + n) <= MOST_PLACES:
+            yield n
 
 
 def _best(problem: Problem, gpus: int, micro_batches: int) -> Colocated | None:

@@ -76,6 +76,10 @@ class Loads:
         mean_LE = [self.loads_CE[at[self.layer_C[at] == layer]].mean(axis=0) for layer in range(self.layers)]
         return placed(np.array(mean_LE), ranks, places)
 
+    def only(self, chunks_N: np.ndarray) -> Loads:
+        """The chunks of these numbers, some of each layer."""
+        return Loads(self.loads_CE[chunks_N], self.layer_C[chunks_N], self.source)
+
     def halves(self) -> tuple[np.ndarray, np.ndarray]:
         """Numbers of chunks: every other one of each layer, and the rest."""
         odd_C = np.zeros(len(self.layer_C), dtype=bool)

@@ -1,5 +1,5 @@
-"""What is asked of a planner, and what it answers: plain values. Knows costs, memory and loads; knows no schedules, and not how
-a plan is found.
+"""What is asked of a planner, and what it answers: plain values. Knows costs, memory and loads; knows no schedules, and not
+how a plan is found.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ class Problem:
     """`samples`: of the whole batch, over all attention GPUs, where it is fixed; None: as many as fit. Each of `length`
     tokens.
 
-    `skew`: measured loads of the experts; None: all are alike. `replicas`: expert GPUs that hold each expert. `spare`: of each
-    layer, places on each expert GPU for copies of what is hot, beside its share; all are then placed by the loads, and 0
-    makes no copies. None: they are held as `partition.shares` says. `held`: who holds what, already settled, of a split with
-    as many expert GPUs.
+    `skew`: measured loads of the experts; None: all are alike. `replicas`: expert GPUs that hold each expert. `spare`: of
+    each layer, places on each expert GPU for copies of what is hot, beside its share; all are then placed by the loads, and
+    0 makes only what copies its share has places for. None: they are held as `partition.shares` says. `held`: who holds
+    what, already settled, of a split with as many expert GPUs.
     """
 
     model: Model

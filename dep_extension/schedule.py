@@ -18,7 +18,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-
 SAME = 1e-12  # of a layer's time: steps that differ by less are alike
 
 

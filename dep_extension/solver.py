@@ -34,6 +34,8 @@ from dep_extension.schedule import Order, Turn, Work, every_order, exposed_link_
 SIMULATED, MOST_SIMULATED = 12, 48  # of the candidates, those best by their closed forms: these are low by
 NEAR = 0.9  # a tenth at most
 DRAWS = 4  # of measured chunks, that a plan is judged by
+NOTHING = 1e-6  # a gap to the bound that no other order is looked for
+MOST_CLIMBED = 400  # orders that are simulated where not all are
 MAX_FREE = 5  # micro-batches up to which all orders of the attention group are tried: 42 of them
 
 
@@ -286,25 +288,29 @@ def _all_pairs(problem: Problem, split: Split) -> Iterable[tuple[int, int]]:
 
 def interleaved(problem: Problem, plan: Plan) -> Plan:
     """The same cut with another order of the attention group: the best of all where there are few enough to try, else what
-    exchanging neighbours in it leads to."""
-    works = works_of(problem, plan.split, Cut(plan.samples, plan.r1, plan.r2))
+    exchanging neighbours in it leads to, within a bounded number of simulations. As it is where nothing is to gain."""
+    if plan.gap <= NOTHING:
+        return plan
+    cut = Cut(plan.samples, plan.r1, plan.r2)
+    works = works_of(problem, plan.split, cut)
     if plan.r1 <= MAX_FREE:
         best = min(every_order(plan.r1), key=lambda order: mean_makespan(works, order))
     else:
         best = _climbed(works, list(plan.order))
-    found = scored(problem, plan.split, Cut(plan.samples, plan.r1, plan.r2), best, "free order")
+    found = scored(problem, plan.split, cut, best, "free order")
     return found if found.makespan_s < plan.makespan_s else plan
 
 
 def _climbed(works: Sequence[Work], order: list[Turn]) -> list[Turn]:
     """Exchange two neighbours as long as that makes it shorter; a micro-batch attends before its shared experts."""
-    seconds = mean_makespan(works, order)
-    for _ in range(len(order)):
+    seconds, left = mean_makespan(works, order), MOST_CLIMBED
+    while left > 0:
         others = [
             [*order[:i], order[i + 1], order[i], *order[i + 2 :]]
             for i in range(len(order) - 1)
             if order[i][1] != order[i + 1][1]
-        ]
+        ][:left]
+        left -= len(others)
         timed = [(mean_makespan(works, other), other) for other in others]
         if not timed or min(timed)[0] >= seconds:
             break
@@ -324,7 +330,7 @@ def best_split(
 
 
 class AfterLoss(NamedTuple):
-    """What goes on once expert GPUs are gone: the plan, who holds what, and how many experts must be loaded, over all layers."""
+    """What goes on once expert GPUs are gone: the plan, who holds what, and how many experts of all layers are to load."""
 
     plan: Plan
     held: Placement
@@ -358,6 +364,6 @@ def _orphans(before: Held, after: Held, lost: set[int]) -> int:
 
 __all__ = [
     "MAX_R2", "AfterLoss", "Cut", "Plan", "Problem", "Room", "aass_s", "after_loss", "as_planned", "asas_s", "best_r2",
-    "best_split", "findep", "findep_of", "interleaved", "mean_makespan", "naive", "naive_of", "pppipe", "pppipe_of", "printed_s", "scored",
-    "survived", "work_of", "works_of",
+    "best_split", "findep", "findep_of", "interleaved", "mean_makespan", "naive", "naive_of", "pppipe", "pppipe_of",
+    "printed_s", "scored", "survived", "work_of", "works_of",
 ]  # fmt: skip

@@ -43,7 +43,7 @@ def ways_to_copy(problem: Problem, plan: Plan) -> list[Way]:
         asked.append((f"each {twice} times", places, replace(problem, replicas=twice)))
     asked += [(f"placed, {n} spare", min(experts, share + n), replace(problem, spare=n)) for n in spares]
     plans = [(name, held, findep(at, plan.split)) for name, held, at in asked]
-    return [Way(name, held, found and found.tokens_per_s) for name, held, found in plans]
+    return [Way(name, held, None if found is None else found.tokens_per_s) for name, held, found in plans]
 
 
 def copies_table(problem: Problem, found: Comparison) -> Iterator[tuple[str, str]]:

@@ -14,7 +14,7 @@ import pytest
 from dep_extension import testbeds
 from dep_extension.colocated import ORDERS, Parts, colocated, parts_of, simulate
 from dep_extension.cost import Split, attention_s, expert_s, shared_s
-from dep_extension.imbalance import Loads, burden, burden_of_places, burden_of_shares, counted, settled, zipf
+from dep_extension.imbalance import Loads, burden, burden_of_shares, counted, zipf
 from dep_extension.partition import RESERVE, least, room, shares, splits
 from dep_extension.ratio import Copying, best_plan, compare, numbers_of_replicas, ratios, ways
 from dep_extension.schedule import Order, makespan, timeline
