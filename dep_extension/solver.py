@@ -101,9 +101,11 @@ def findep_of(sites: Iterable[Site]) -> Plan | None:
     found.sort(key=lambda pair: -pair[1].estimate)
     near = [pair for pair in found[:MOST_SIMULATED] if pair[1].estimate >= NEAR * found[0][1].estimate]
     simulated = near if len(near) > SIMULATED else found[:SIMULATED]
-    (problem, split), best = max(simulated, key=lambda pair: _simulated(pair[0][0], pair[0][1], pair[1]))
+    (problem, split), best = _quickest(simulated)
     if problem.skew is not None:
-        best = max(_other_r2(problem, split, best), key=lambda c: _simulated(problem, split, c))
+        _, best = _quickest(
+            (((problem, split), best), *(((problem, split), c) for c in _other_r2(problem, split, best)))
+        )
     return scored(problem, split, best.cut, best.order, "FinDEP")
 
 
@@ -122,6 +124,18 @@ class _Candidate(NamedTuple):
     estimate: float
     cut: Cut
     order: Order
+
+
+def _quickest(found: Iterable[tuple[Site, _Candidate]]) -> tuple[Site, _Candidate]:
+    """By simulation; those whose bound promises no more than the best so far are not simulated."""
+    best, rate = None, 0.0
+    for (problem, split), candidate in found:
+        works = works_of(problem, split, candidate.cut)
+        tokens = _tokens(problem, split, candidate.cut) * len(works)
+        if tokens / sum(map(lower_bound, works)) > rate and (mine := _simulated(problem, split, candidate)) > rate:
+            best, rate = ((problem, split), candidate), mine
+    assert best is not None, "there are candidates"
+    return best
 
 
 def _simulated(problem: Problem, split: Split, candidate: _Candidate) -> float:
