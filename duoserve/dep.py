@@ -43,7 +43,9 @@ MachineName = Annotated[
 ]
 Skew = Annotated[
     str | None,
-    typer.Option(help="Measured loads: a trace's folder, a file, routes (made with published habits), or zipf:0.8."),
+    typer.Option(
+        help="Loads: a trace's folder, a file, routes (made by published habits), zipf:0.8 (hot ones change), settled:0.8."
+    ),
 ]
 LinkRate = Annotated[str | None, typer.Option(help="Bytes per second between GPUs of a derived machine, as 450GB.")]
 Memory = Annotated[str | None, typer.Option(help="Of a GPU of a derived machine, as 80GB.")]

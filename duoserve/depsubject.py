@@ -22,7 +22,7 @@ import numpy as np
 
 from dep_extension import testbeds
 from dep_extension.cost import Line, Machine, Model, Split
-from dep_extension.imbalance import Loads, counted, zipf
+from dep_extension.imbalance import Loads, counted, settled, zipf
 from duoserve.core import Refusal, nearest
 from duoserve.headers import read_json, shown
 
@@ -34,7 +34,7 @@ MADE = "routes"
 LOADS, LOADS_VERSION = "duoserve-dep-loads", 1
 MAX_FILE_BYTES, MAX_CHUNKS = 16 << 20, 4096
 _SEQUENCES, _LAYERS, _TOKENS = 8, 4, 512  # of made routes: tokens of a sequence
-_SKEW = f"give a trace's folder, {MADE}, zipf:0.8, or a file of loads"
+_SKEW = f"give a trace's folder, {MADE}, zipf:0.8, settled:0.8, or a file of loads"
 
 
 def known_model(name: str | None, machine: str) -> Model:
@@ -247,12 +247,16 @@ class Ports(Mapping[Split, Line]):
 
 
 def known_loads(what: str, name: str | None, model: Model, seed: int = 0) -> Loads:
-    """Of a trace's folder, of routes that are made with the model's published habits, of Zipf's law, or of a file."""
+    """Of a trace's folder, of routes that are made with the model's published habits, of Zipf's law (what is hot changes, or
+    is settled), or of a file."""
     try:
         if what == MADE:
             return _made(name, model, seed)
-        if what.startswith("zipf:"):
-            return zipf(model.experts, _exponent(what.removeprefix("zipf:")), seed=seed)
+        law, colon, exponent = what.partition(":")
+        if colon and law == "zipf":
+            return zipf(model.experts, _exponent(what, exponent), seed=seed)
+        if colon and law == "settled":
+            return settled(model.experts, _exponent(what, exponent), CHUNK * model.choices, seed=seed)
         path = Path(what)
         if path.is_dir():
             return _traced(path, model)
@@ -266,13 +270,13 @@ def known_loads(what: str, name: str | None, model: Model, seed: int = 0) -> Loa
         raise Refusal("E_LOADS", str(error).rpartition(": ")[0] or str(error), _SKEW) from error
 
 
-def _exponent(text: str) -> float:
+def _exponent(what: str, text: str) -> float:
     try:
         found = float(text)
     except ValueError:
         found = math.nan
     if not 0 <= found <= 4:
-        raise Refusal("E_LOADS", f"zipf:{text[:20]} has no exponent from 0 to 4", "write it like zipf:0.8")
+        raise Refusal("E_LOADS", f"{what[:28]} has no exponent from 0 to 4", "write it like zipf:0.8")
     return found
 
 

@@ -143,6 +143,10 @@ def test_loads_come_from_routes_from_a_trace_and_from_a_file(tmp_path: Path) -> 
     made = known_loads("routes", "mixtral-8x7b", model)
     assert made.experts == 8 and 1.0 < made.skew < 4 and made.loads_CE.mean() == pytest.approx(1.0)
     assert len(made.loads_CE) == 16, f"four layers of 4096 tokens, in chunks of {CHUNK}"
+    stays, moves = (known_loads(f"{law}:1", None, model) for law in ("settled", "zipf"))
+    first_E, last_E = stays.loads_CE[0], stays.loads_CE[15]
+    assert first_E.argmax() == last_E.argmax() and stays.layers == 4 and moves.layers == 1
+    assert len({row.argmax() for row in moves.loads_CE}) > 4, "others are hot in each chunk"
     path = tmp_path / "loads.json"
     path.write_text(json.dumps({"kind": "duoserve-dep-loads", "version": 1, "loads": [[1, 2, 3, 4, 5, 6, 7, 8]]}))
     assert known_loads(str(path), None, model).loads_CE[0, 7] == pytest.approx(8 / 4.5)

@@ -152,7 +152,8 @@ def test_colocated_fits_memory_and_an_empty_micro_batch_is_none() -> None:
 def test_copies_help_colocated_experts_under_skew() -> None:
     problem = Problem(MODEL, replace(MACHINE, memory_bytes=80e9), 2048, 16)
     even, skewed = colocated(problem, 8), colocated(replace(problem, skew=zipf(160, 1.2)), 8)
-    assert even[0].replicas == 1 < skewed[0].replicas
+    assert (even[0].replicas, even[0].spare) == (1, None)
+    assert skewed[0].replicas > 1 or skewed[0].spare, "whichever copies are best"
     often, once = (parts_of(replace(problem, skew=zipf(160, 1.2), replicas=r), 8, 2) for r in (8, 1))
     assert often.expert < once.expert
 
