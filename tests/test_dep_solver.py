@@ -233,7 +233,7 @@ def test_a_lost_expert_gpu_is_planned_around_with_and_without_replicas() -> None
 def test_a_long_run_takes_as_long_as_its_timeline_says() -> None:
     """Layers become alike, and are then counted instead of simulated."""
     draw = np.random.default_rng(5)
-    for _ in range(60):
+    for _ in range(15):
         r1, r2, layers = int(draw.integers(1, 5)), int(draw.integers(1, 5)), int(draw.integers(1, 70))
         parts = [draw.integers(0, 30, size) * 1e-3 for size in (r1, r1, (r1, r2), (r1, r2), (r1, r2))]
         work = Work(layers, parts[0], parts[1], 1e-3 * float(draw.integers(0, 3)), *parts[2:])

@@ -95,7 +95,8 @@ def test_a_placement_is_judged_by_loads_it_has_not_seen() -> None:
 
 
 def test_hot_copies_are_planned_where_they_gain_and_cost_little() -> None:
-    problem, split = Problem(MODEL, MACHINE, 2048, 32, skew=settled(160, 0.8, 8192)), Split(3, 5)
+    loads, split = settled(160, 0.8, 8192, chunks=6), Split(3, 5)
+    problem = Problem(MODEL, MACHINE, 2048, 32, max_r1=4, max_r2=8, skew=loads)
     hot = best_plan(problem, 8, split)
     once, twice = (best_plan(problem, 8, split, Copying(replicas=r)) for r in (1, 2))
     assert hot is not None and once is not None and twice is not None
@@ -107,8 +108,8 @@ def test_hot_copies_are_planned_where_they_gain_and_cost_little() -> None:
     assert less.loaded == sum(
         len(set().union(*new) - set().union(*old[1:])) for old, new in zip(hot.held, less.held, strict=True)
     )
-    moving = best_plan(replace(problem, skew=zipf(160, 0.8)), 8, split)
-    uniform = best_plan(replace(problem, skew=zipf(160, 0.8)), 8, split, Copying(replicas=2))
+    other = replace(problem, skew=zipf(160, 0.8, chunks=6))
+    moving, uniform = best_plan(other, 8, split), findep(replace(other, replicas=2), split)
     assert moving is not None and uniform is not None and moving.tokens_per_s >= uniform.tokens_per_s
 
 
