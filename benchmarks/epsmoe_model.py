@@ -41,7 +41,6 @@ from benchmarks.epsmoe_paper import (
     Network,
     Row,
 )
-from dep_extension.kernel_choice import pays, stages
 
 TIME, POINTS = 0.15, 3.0  # what counts as reproduced: share of a time, points of a gain
 V2_ROWS = 3072  # per expert and pass: the ablation's largest, since the paper does not say
@@ -199,6 +198,34 @@ def sm_factor(m: int) -> float:
     """Of 116 SMs against 132: straight in log m between the two sizes of the paper's table."""
     small, large = (SM_MS[size][116] / SM_MS[size][132] for size in (192, 3072))
     return small + (large - small) * min(1.0, math.log(m / 192) / math.log(3072 / 192))
+
+
+def stages(communication_s: float, compute_s: float, overhead_s: float, local_experts: int) -> int:
+    """Pipeline degree N* = sqrt(C / k_o) as a divisor of the local experts: C is what can be hidden, k_o what a stage costs.
+
+    The divisor that saves most, C - C / N - k_o N, is taken; 1 where none saves anything.
+    """
+    hidden = min(communication_s, compute_s)
+    divisors = [n for n in range(1, local_experts + 1) if local_experts % n == 0]
+    saved = {n: hidden * (n - 1) / n - overhead_s * (n - 1) for n in divisors}
+    return max(divisors, key=lambda n: (saved[n], -n))
+
+
+def pays(
+    communication: Callable[[float], float],
+    compute: Callable[[float, float], float],
+    tokens: int,
+    experts: int,
+    n: int,
+    slack: tuple[float, float] = (0.32, 0.03),
+) -> bool:
+    """Whether n stages are worth it: neither part may grow by more than its slack when it is cut (the paper's e0 and e1).
+
+    `communication(tokens)` and `compute(tokens, experts)` in seconds.
+    """
+    e0, e1 = slack
+    cut_link = n * communication(tokens / n) <= (1 + e0) * communication(tokens)
+    return cut_link and n * compute(tokens, experts / n) <= (1 + e1) * compute(tokens, experts)
 
 
 class Degree(NamedTuple):

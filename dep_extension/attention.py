@@ -17,7 +17,7 @@ from typing import Any
 import greenlet
 import torch
 
-from dep_extension.rows import Cut, Seat, Shares, cut, seats
+from dep_extension.rows import Cut, Seats, Shares, cut, seats
 from dep_extension.shared import Shared
 from dep_extension.walk import Position, Sent
 from duoserve.core import Step
@@ -68,7 +68,7 @@ class Attention:
 
     def share_out(self, shares_L: Sequence[Shares], r2: int) -> None:
         """Send by these shares and in so many chunks from now on; what is not wholly back is sent again."""
-        self._seats_L: list[dict[int, Seat]] = [seats(shares, self.sender) for shares in shares_L]
+        self._seats_L: list[Seats] = [seats(shares, self.sender) for shares in shares_L]
         self._ranks, self._r2 = len(shares_L[0]), r2
         self.most = max(len(held) for shares in shares_L for held in shares)
         for batch in self.batches:

@@ -16,15 +16,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from dep_extension.cost import Split, attention_s, expert_line, shared_s
-from dep_extension.imbalance import burden_of_shares
+from dep_extension.imbalance import Burden, burden_of_shares
 from dep_extension.partition import IN_AND_OUT, RESERVE, expert_gpu_bytes
-from dep_extension.solver import Problem
+from dep_extension.problem import Problem
 
 OVERLAPPED = 2  # micro-batches
+MOST_PLACES = 1 << 14  # of a layer, that are tried to be filled: some 20 ms
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Colocated:
     samples: int
     micro_batches: int
     replicas: int
+    spare: int | None
     makespan_s: float
     exposed_s: float
     tokens_per_s: float
@@ -51,11 +53,11 @@ class Parts(NamedTuple):
     expert: float
 
 
-def colocated(problem: Problem, gpus: int) -> list[Colocated]:
-    """Serial and overlapped, each with its best number of replicas and the most samples that fit; fewer where the batch is
-    fixed. Empty where the model does not fit, or an expert would be nowhere."""
-    found = [(gpus, n, r) for n in (1, OVERLAPPED) for r in _replicas(problem, gpus)]
-    done = [one for at in found if (one := _best(problem, *at)) is not None]
+def colocated(problem: Problem, gpus: int, spare: int | None = None) -> list[Colocated]:
+    """Serial and overlapped, each with its best copies of experts, or with so many spare places, and the most samples that
+    fit; fewer where the batch is fixed. Empty where the model does not fit, or an expert would be nowhere."""
+    found = [(one, gpus, n) for n in (1, OVERLAPPED) for one in _copied(problem, gpus, spare)]
+    done = [one for at in found if (one := _best(*at)) is not None]
     best = (max((c for c in done if c.micro_batches == n), key=_rate, default=None) for n in (1, OVERLAPPED))
     return [one for one in best if one is not None]
 
@@ -64,16 +66,27 @@ def _rate(one: Colocated) -> float:
     return one.tokens_per_s
 
 
-def _replicas(problem: Problem, gpus: int) -> Iterator[int]:
-    """Powers of two, from as many as give every GPU an expert."""
+def _copied(problem: Problem, gpus: int, spare: int | None) -> Iterator[Problem]:
+    """Replicas and, where loads are known, spare places: powers of two, from as many as give every GPU an expert."""
     r = max(1, gpus // problem.model.experts)
-    while r <= gpus:
-        yield r
+    while r <= gpus and spare is None:
+        yield replace(problem, replicas=r)
         r *= 2
+    if problem.skew is not None:
+        yield from (replace(problem, spare=n) for n in (spares(problem, gpus) if spare is None else [spare]))
 
 
-def _best(problem: Problem, gpus: int, micro_batches: int, replicas: int) -> Colocated | None:
-    most = _largest(problem, gpus, micro_batches, replicas)
+def spares(problem: Problem, ranks: int) -> Iterator[int]:
+    """None, powers of two, and as many as let each of the ranks hold every expert; what takes long to place is left out."""
+    share = math.ceil(problem.model.experts / ranks)
+    most = problem.model.experts - share
+    for n in sorted({0, most, *(1 << k for k in range(most.bit_length()))}):
+        if n == 0 or ranks * (share + n) <= MOST_PLACES:
+            yield n
+
+
+def _best(problem: Problem, gpus: int, micro_batches: int) -> Colocated | None:
+    most = _largest(problem, gpus, micro_batches)
     if problem.samples is not None:
         asked = math.ceil(math.ceil(problem.samples / gpus) / micro_batches)
         if asked > most or (micro_batches - 1) * asked * gpus >= problem.samples:
@@ -81,18 +94,25 @@ def _best(problem: Problem, gpus: int, micro_batches: int, replicas: int) -> Col
         most = asked
     if most < 1:
         return None
-    parts = parts_of(problem, gpus, most, replicas)
+    parts = parts_of(problem, gpus, most)
     seconds, exposed = _timed(parts, problem.model.layers, micro_batches, problem.machine.overlap)
     samples = micro_batches * most * gpus if problem.samples is None else problem.samples
     name = "colocated" if micro_batches == 1 else "colocated, two overlapped"
     tokens = samples * problem.length
-    return Colocated(name, gpus, most, micro_batches, replicas, seconds, exposed, tokens / seconds)
+    copies = problem.replicas, problem.spare
+    return Colocated(name, gpus, most, micro_batches, *copies, seconds, exposed, tokens / seconds)
 
 
-def _largest(problem: Problem, gpus: int, micro_batches: int, replicas: int) -> int:
+def _burden(problem: Problem, gpus: int) -> Burden:
+    return problem.burden(gpus) or burden_of_shares(None, problem.model.experts, gpus, 1)
+
+
+def _largest(problem: Problem, gpus: int, micro_batches: int) -> int:
     """Samples in a micro-batch on each GPU that memory has room for, beside the trunk and the GPU's experts."""
     model, length = problem.model, problem.length
-    found = burden_of_shares(problem.skew, model.experts, gpus, replicas)
+    if not problem.has_places(gpus):
+        return 0
+    found = _burden(problem, gpus)
     free = RESERVE * problem.machine.memory_bytes - model.trunk_bytes - expert_gpu_bytes(model, found.experts)
     hidden = length * model.hidden * model.weight_bytes
     rows = IN_AND_OUT * hidden * model.choices * gpus * float(found.most_C.max()) / model.experts
@@ -101,10 +121,10 @@ def _largest(problem: Problem, gpus: int, micro_batches: int, replicas: int) -> 
     return max(0, int(free // each))
 
 
-def parts_of(problem: Problem, gpus: int, samples: int, replicas: int = 1) -> Parts:
+def parts_of(problem: Problem, gpus: int, samples: int) -> Parts:
     """Of micro-batches of `samples` on each GPU; the busiest one's experts and exchange, the mean over measured chunks."""
     model, machine = problem.model, problem.machine
-    found = burden_of_shares(problem.skew, model.experts, gpus, replicas)
+    found = _burden(problem, gpus)
     tokens = math.ceil(samples * gpus * model.choices * problem.length / model.experts)  # of an expert
     busiest = tokens * float(found.most_C.mean())
     return Parts(

@@ -55,6 +55,7 @@ class Model:
     kv_bytes: float = 2.0
     kv_elements: int | None = None  # of a token in a layer; None: heads * (d_k + d_v)
     projections: int | None = None  # weights of a layer's attention; None: multi-head, as the paper counts them
+    attending: int | None = None  # elements of a token while its layer attends; None: multi-head, each written once
 
     @property
     def expert_bytes(self) -> float:
@@ -87,8 +88,10 @@ class Model:
 
     @property
     def token_attending_bytes(self) -> float:
-        """Of a token while its layer attends: queries, keys, values and what attention makes of them, multi-head. Of one
-        micro-batch at a time."""
+        """Of a token while its layer attends: queries, keys, values and what attention makes of them. Of one micro-batch at
+        a time. Scores are none of it: kernels that write them take heads * length more, twice."""
+        if self.attending is not None:
+            return self.attending * self.weight_bytes
         return 2 * self.heads * (self.d_k + self.d_v) * self.weight_bytes
 
 

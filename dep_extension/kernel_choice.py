@@ -1,6 +1,6 @@
-"""One grouped product for all experts of a GPU, or a dense one for each, and in how many stages (EPS-MoE, sections "expert
-pipeline scheduler" and "GroupGemm or DenseGemm"). The choice is looked up in a table that was measured: where the two cross
-depends on the machine, the shape and the dtype. Knows products and seconds; knows no ranks and no schedules.
+"""One grouped product for all experts of a GPU, or a dense one for each (EPS-MoE, section "GroupGemm or DenseGemm"). The
+choice is looked up in a table that was measured: where the two cross depends on the machine, the shape and the dtype. Knows
+products and seconds; knows no ranks and no schedules.
 
     grouped   (E tokens, K) x (E, K, N), rows sorted by expert: one launch
     dense     (tokens, K) x (K, N) for each expert
@@ -261,50 +261,6 @@ def multiply(x_PK: Any, w_EKN: Any, counts_E: Sequence[int], table: Table | None
         return dense(x_PK, w_EKN, counts_E)
     ends_E = torch.tensor(counts_E, dtype=torch.int32).cumsum(0).to(torch.int32)
     return grouped(x_PK, w_EKN, ends_E.to(x_PK.device))
-
-
-def stages(communication_s: float, compute_s: float, overhead_s: float, local_experts: int) -> int:
-    """Pipeline degree N* = sqrt(C / k_o) as a divisor of the local experts: C is what can be hidden, k_o what a stage costs.
-
-    The divisor that saves most, C - C / N - k_o N, is taken; 1 where none saves anything.
-    """
-    hidden = min(communication_s, compute_s)
-    divisors = [n for n in range(1, local_experts + 1) if local_experts % n == 0]
-    saved = {n: hidden * (n - 1) / n - overhead_s * (n - 1) for n in divisors}
-    return max(divisors, key=lambda n: (saved[n], -n))
-
-
-def pays(
-    communication: Callable[[float], float],
-    compute: Callable[[float, float], float],
-    tokens: int,
-    experts: int,
-    n: int,
-    slack: tuple[float, float] = (0.32, 0.03),
-) -> bool:
-    """Whether n stages are worth it: neither part may grow by more than its slack when it is cut (the paper's e0 and e1).
-
-    `communication(tokens)` and `compute(tokens, experts)` in seconds.
-    """
-    e0, e1 = slack
-    cut_link = n * communication(tokens / n) <= (1 + e0) * communication(tokens)
-    return cut_link and n * compute(tokens, experts / n) <= (1 + e1) * compute(tokens, experts)
-
-
-def degree(
-    communication: Callable[[float], float],
-    compute: Callable[[float, float], float],
-    tokens: int,
-    local_experts: int,
-    overhead_s: float,
-) -> int:
-    """In how many stages a GPU's experts are best computed behind their exchange: N* where that many stages pay, else 1.
-
-    For schedules in which one exchange and one group of experts share a GPU (colocated expert parallelism); where experts
-    have GPUs of their own, FinDEP's r2 is that number and `solver` searches it. Arguments as `pays` and `stages` have them.
-    """
-    n = stages(communication(tokens), compute(tokens, local_experts), overhead_s, local_experts)
-    return n if n > 1 and pays(communication, compute, tokens, local_experts, n) else 1
 
 
 def to_json(table: Table) -> dict[str, Any]:

@@ -70,7 +70,13 @@ class Need(NamedTuple):
 
 
 def least(
-    model: Model, splits: Iterable[Split], length: int, samples: int | None, micro_batches: int, replicas: int = 1
+    model: Model,
+    splits: Iterable[Split],
+    length: int,
+    samples: int | None,
+    micro_batches: int,
+    replicas: int = 1,
+    spare: int = 0,
 ) -> Need:
     """Of these splits: weights and one sample on each attention GPU, or `samples` in all, in so many micro-batches."""
     found = []
@@ -81,7 +87,7 @@ def least(
         waiting = each * length * (model.token_kv_bytes + model.token_waiting_bytes)
         attention = model.trunk_bytes + waiting + at_once * length * model.token_attending_bytes
         rows = IN_AND_OUT * hidden * at_once * split.ag * model.choices / split.eg
-        local = math.ceil(model.experts * replicas / split.eg)
+        local = min(model.experts, math.ceil(model.experts * replicas / split.eg) + spare)
         found.append(Need(split, max(attention, expert_gpu_bytes(model, local) + rows) / RESERVE))
     return min(found, key=lambda need: need.n_bytes)
 
@@ -93,11 +99,12 @@ def largest_r1(fits: Room, samples: int) -> int:
     return max(0, int((fits.free_bytes / samples - fits.attending_bytes) // fits.waiting_bytes))
 
 
-def largest_samples(fits: Room) -> int:
-    """The most in one micro-batch."""
-    attended = fits.free_bytes // (fits.waiting_bytes + fits.attending_bytes)
+def largest_samples(fits: Room, r1: int = 1) -> int:
+    """The most in each of `r1` micro-batches."""
+    attended = fits.free_bytes // (r1 * fits.waiting_bytes + fits.attending_bytes)
     passed = fits.expert_free_bytes // fits.rows_bytes if fits.rows_bytes else math.inf
-    return int(min(attended, passed))
+    most = int(max(0.0, min(attended, passed)))
+    return most if most == 0 or fits.holds(most, r1) else most - 1  # by a rounding error
 
 
 def splits(model: Model, gpus: int, replicas: int = 1) -> Iterator[Split]:

@@ -3,6 +3,8 @@ its bounds; knows nothing of how a plan is found or run.
 
     {"kind": "duoserve-dep-plan", "version": 1, "model": str, "machine": str, "plan": {the fields of Plan}}
 
+"spare" and "held" are there where experts were placed by their loads; "held" has the experts of each rank, of each layer.
+
 There may be "beside": what else was computed, for people and scripts; it is not read.
 """
 
@@ -17,11 +19,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dep_extension.cost import Split
+from dep_extension.placement import Placement
 from dep_extension.schedule import Turn, turns
 from dep_extension.solver import Plan
 
 KIND, VERSION = "duoserve-dep-plan", 1
-MAX_BYTES, MAX_TEXT = 1 << 20, 200
+PLACED = {"spare", "held"}
+MAX_BYTES, MAX_TEXT = 1 << 23, 200
 MAX_GPUS, MAX_CUT, MAX_TOKENS, MAX_S = 1 << 16, 1 << 12, 1 << 40, 1e9
 _AGAIN = "make one with `duoserve dep plan --save FILE`"
 
@@ -37,6 +41,9 @@ class Saved(NamedTuple):
 def to_json(plan: Plan, model: str, machine: str) -> dict[str, Any]:
     about = {"kind": KIND, "version": VERSION, "model": model, "machine": machine}
     values = asdict(plan) | {"split": list(plan.split), "order": [list(turn) for turn in plan.order]}
+    for name in PLACED:
+        if values[name] is None:
+            del values[name]
     return about | {"plan": values}
 
 
@@ -84,6 +91,8 @@ def _bytes(path: Path) -> bytes:
 
 
 def _plan(data: Any) -> Plan:
+    if isinstance(data, dict) and not PLACED & set(data):
+        data = data | dict.fromkeys(PLACED)
     _only(data, {field.name for field in fields(Plan)})
     ag, eg = _list("split", data["split"], 2)
     r1 = _count("r1", data["r1"], MAX_CUT)
@@ -103,6 +112,8 @@ def _plan(data: Any) -> Plan:
         order=_order(data["order"], r1),
         tokens_per_s=_number("tokens_per_s", data["tokens_per_s"], 1e15),
         replicas=_count("replicas", data["replicas"], eg),
+        spare=None if data["spare"] is None else _count("spare", data["spare"], MAX_CUT, least=0),
+        held=None if data["held"] is None else _held(data["held"], eg),
         **seconds,
     )
 
@@ -116,6 +127,23 @@ def _order(value: Any, r1: int) -> tuple[Turn, ...]:
             raise ValueError(f"a turn is {_shown(what)}, not A or S")
         found.append((str(what), _count("a turn's micro-batch", i, r1 - 1, least=0)))
     return tuple(turns(found, r1))
+
+
+def _held(value: Any, ranks: int) -> Placement:
+    """Ids of experts, of each layer and rank; whether they are the model's is seen where the model is."""
+    if not isinstance(value, list) or not 1 <= len(value) <= MAX_CUT:
+        raise ValueError(f"held is {_shown(value)}, not 1 to {MAX_CUT:,} layers")
+    layers = [[_ids(one) for one in _list("a layer of held", layer, ranks)] for layer in value]
+    return tuple(map(tuple, layers))
+
+
+def _ids(value: Any) -> tuple[int, ...]:
+    if not isinstance(value, list):
+        raise ValueError(f"experts of a rank are {_shown(value)}, not a list")
+    found = tuple(_count("an expert", expert, MAX_CUT, least=0) for expert in value)
+    if list(found) != sorted(set(found)):
+        raise ValueError(f"experts of a rank are {_shown(value)}, not rising")
+    return found
 
 
 def _only(data: Any, names: set[str]) -> None:

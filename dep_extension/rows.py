@@ -4,11 +4,14 @@ and counts; knows nothing of models, weights or how rows travel.
     sorted by expert     | 0 0 0 | 1 1 | 2 2 2 2 |        ranks hold (0, 1) and (2), r2 = 2
     chunk 0              | 0 0 . | 1 . | 2 2 . . |        -> rank 0: 0 0 1   rank 1: 2 2
     chunk 1              | . . 0 | . 1 | . . 2 2 |        -> rank 0: 0 1     rank 1: 2 2
+
+Rows of an expert that several ranks hold are cut once more, evenly among these: a plan counts on that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -24,13 +27,22 @@ class Seat(NamedTuple):
 Shares = Sequence[Sequence[int]]  # the experts of each expert rank, of one layer
 
 
-def seats(shares: Shares, sender: int) -> dict[int, Seat]:
-    """Where attention rank `sender` sends the rows of each expert: ranks that hold the same one share the senders."""
+Seats = Mapping[int, Sequence[Seat]]
+
+
+def seats(shares: Shares, sender: int) -> Seats:
+    """Where attention rank `sender` sends the rows of each expert: to every rank that holds it, in an order of its own, so
+    that the first of few rows do not all go to the same ranks."""
     held: dict[int, list[Seat]] = {}
     for rank, experts in enumerate(shares):
         for local, expert in enumerate(experts):
             held.setdefault(expert, []).append(Seat(rank, local))
-    return {expert: choices[sender % len(choices)] for expert, choices in held.items()}
+    return {expert: _turned(choices, sender + expert) for expert, choices in held.items()}
+
+
+def _turned(choices: list[Seat], by: int) -> list[Seat]:
+    first = by % len(choices)
+    return choices[first:] + choices[:first]
 
 
 class Cut(NamedTuple):
@@ -42,24 +54,29 @@ class Cut(NamedTuple):
     counts_ECL: torch.Tensor
 
 
-def cut(spans: Mapping[int, tuple[int, int]], at: Mapping[int, Seat], ranks: int, r2: int, most: int) -> Cut:
-    """`spans`: the sorted rows of each expert; each is cut into `r2` parts of as many rows, the last smaller. `most`: the
-    local experts of the rank that has most."""
+def cut(spans: Mapping[int, tuple[int, int]], at: Seats, ranks: int, r2: int, most: int) -> Cut:
+    """`spans`: the sorted rows of each expert; each is cut into `r2` parts of as many rows, the last smaller, and each of
+    these evenly among those who hold the expert. `most`: the local experts of the rank that has most."""
     counts_ECL = torch.zeros(ranks, r2, most, dtype=torch.int64)
-    order = sorted(spans, key=lambda expert: at[expert])
     index_C, to_CE = [], []
     for chunk in range(r2):
         parts, to = [], [0] * ranks
-        for expert in order:
-            begin, end = _part(*spans[expert], chunk, r2)
-            if begin < end:
-                rank, local = at[expert]
-                parts.append(torch.arange(begin, end))
-                to[rank] += end - begin
-                counts_ECL[rank, chunk, local] = end - begin
+        for (rank, local), begin, end in sorted(_dealt(spans, at, chunk, r2)):
+            parts.append(torch.arange(begin, end))
+            to[rank] += end - begin
+            counts_ECL[rank, chunk, local] = end - begin
         index_C.append(torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64))
         to_CE.append(to)
     return Cut(index_C, to_CE, counts_ECL)
+
+
+def _dealt(spans: Mapping[int, tuple[int, int]], at: Seats, chunk: int, r2: int) -> Iterator[tuple[Seat, int, int]]:
+    """Who gets which of a chunk's rows, nobody none."""
+    for expert, span in spans.items():
+        start, stop = _part(*span, chunk, r2)
+        many = len(at[expert])
+        ends = [start + (stop - start) * number // many for number in range(many + 1)]
+        yield from ((seat, a, b) for seat, (a, b) in zip(at[expert], pairwise(ends), strict=True) if a < b)
 
 
 def _part(start: int, stop: int, chunk: int, r2: int) -> tuple[int, int]:

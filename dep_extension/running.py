@@ -20,6 +20,7 @@ from dep_extension.comm import PeerLost, Place, Role
 from dep_extension.executor import AttentionSide, Course, ExpertSide, Opened, open_store
 from dep_extension.kernel_choice import Table
 from dep_extension.kernel_table import here as measured_here
+from dep_extension.placement import Placement, checked
 from dep_extension.recovery import attend, serve
 from dep_extension.schedule import Order, Turn
 from dep_extension.spans import Load, Span, Spans, times
@@ -64,7 +65,8 @@ class Cutting:
         elif known is not None and known.r1 == r1:
             order = known.order
         replicas = self.replicas or (known.replicas if known is not None else 1)
-        return Settled(ag, eg, r1, r2, order, replicas, None if known is None else known.name)
+        held = known.held if known is not None and self.replicas is None else None
+        return Settled(ag, eg, r1, r2, order, replicas, None if known is None else known.name, held)
 
     def _same(self, what: str, asked: int | None, planned: int | None) -> int | None:
         if asked is not None and planned is not None and asked != planned:
@@ -90,14 +92,18 @@ class Settled(NamedTuple):
     order: Order | tuple[Turn, ...]
     replicas: int
     name: str | None
+    held: Placement | None = None  # as experts were placed by their loads
 
     def course(self, opened: Opened) -> Course:
         itinerary = Itinerary.of(len(opened.store.layers), self.r1, self.r2, self.order)
-        return Course(self.ag, self.eg, tuple(opened.shares(self.eg, self.replicas)), itinerary)
+        if self.held is None:
+            return Course(self.ag, self.eg, tuple(opened.shares(self.eg, self.replicas)), itinerary)
+        experts_L = [layer.n_experts for layer in opened.store.layers]
+        return Course(self.ag, self.eg, checked(self.held, experts_L, self.eg), itinerary)
 
     def to_json(self) -> dict[str, Any]:
         order = self.order.value if isinstance(self.order, Order) else [list(turn) for turn in self.order]
-        return self._asdict() | {"order": order}
+        return self._asdict() | {"order": order, "held": self.held is not None}
 
 
 class Ranks(NamedTuple):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -16,8 +16,6 @@ import numpy as np
 from dep_extension.closed import aass_s, asas_s, best_r2, printed_s
 from dep_extension.cost import (
     Line,
-    Machine,
-    Model,
     Split,
     attention_s,
     chunks,
@@ -27,94 +25,18 @@ from dep_extension.cost import (
     shared_s,
     tokens_per_expert,
 )
-from dep_extension.imbalance import Burden, Held, Loads, burden, burden_of_shares
-from dep_extension.partition import Room, largest_r1, largest_samples, room, shares, shares_after, splits
+from dep_extension.imbalance import Burden
+from dep_extension.partition import Room, largest_r1, largest_samples, shares, shares_after, splits
+from dep_extension.placement import Held, Placement, repeated
+from dep_extension.problem import MAX_R2, Cut, Plan, Problem, as_planned
 from dep_extension.schedule import Order, Turn, Work, every_order, exposed_link_s, lower_bound, makespan, turns
 
-MAX_R2 = 64
 SIMULATED, MOST_SIMULATED = 12, 48  # of the candidates, those best by their closed forms: these are low by
 NEAR = 0.9  # a tenth at most
 DRAWS = 4  # of measured chunks, that a plan is judged by
+NOTHING = 1e-6  # a gap to the bound that no other order is looked for
+MOST_CLIMBED = 400  # orders that are simulated where not all are
 MAX_FREE = 5  # micro-batches up to which all orders of the attention group are tried: 42 of them
-
-
-@dataclass(frozen=True)
-class Problem:
-    """`samples`: of the whole batch, over all attention GPUs, where it is fixed; None: as many as fit. Each of `length`
-    tokens.
-
-    `skew`: measured loads of the experts; None: all are alike. `replicas`: expert GPUs that hold each expert. `held`: who
-    holds what, of a split with as many expert GPUs; None: as `partition.shares` says.
-    """
-
-    model: Model
-    machine: Machine
-    length: int
-    samples: int | None = None
-    max_r1: int = 8
-    max_r2: int = MAX_R2
-    skew: Loads | None = None
-    replicas: int = 1
-    held: Held | None = None
-
-    def __post_init__(self) -> None:
-        if self.skew is not None and self.skew.experts != self.model.experts:
-            raise ValueError(
-                f"loads are of {self.skew.experts} experts, {self.model.name} has {self.model.experts}: measure them on it"
-            )
-        if self.length < 1 or (self.samples is not None and self.samples < 1):
-            raise ValueError(
-                f"{self.samples} samples of {self.length} tokens are nothing to plan for: ask for at least 1 of 1"
-            )
-
-    def burden(self, split: Split) -> Burden | None:
-        """Of a split's expert GPUs; None where the costs of balanced experts say it all."""
-        if self.skew is None and self.held is None and self.replicas == 1:
-            return None
-        if self.held is None:
-            return burden_of_shares(self.skew, self.model.experts, split.eg, self.replicas)
-        if len(self.held) != split.eg:
-            raise ValueError(f"{len(self.held)} expert GPUs are said to hold experts, the split has {split.eg}")
-        return burden(self.skew, self.held, self.model.experts)
-
-    def room(self, split: Split) -> Room | None:
-        found = self.burden(split)
-        given = (None, None) if found is None else (found.experts, float(found.most_C.max()))
-        return room(self.model, self.machine, split, self.length, *given)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How to run. `samples`: in a micro-batch on each attention GPU (m_a); `tokens`: of each expert in a chunk (m_e).
-
-    `makespan_s` by the simulation; `bound_s`: no order of the same cut can be faster. Throughput in tokens per second.
-    """
-
-    name: str
-    split: Split
-    samples: int
-    r1: int
-    r2: int
-    tokens: int
-    order: tuple[Turn, ...]
-    makespan_s: float
-    bound_s: float
-    exposed_s: float
-    tokens_per_s: float
-    replicas: int = 1
-
-    @property
-    def gap(self) -> float:
-        """How far from the bound, at most: 0 is optimal."""
-        return self.makespan_s / self.bound_s - 1
-
-
-class Cut(NamedTuple):
-    """A way to cut: samples per micro-batch and GPU, micro-batches, chunks."""
-
-    samples: int
-    r1: int
-    r2: int
 
 
 def work_of(problem: Problem, split: Split, cut: Cut, draw: int = 0) -> Work:
@@ -122,7 +44,7 @@ def work_of(problem: Problem, split: Split, cut: Cut, draw: int = 0) -> Work:
     many, d = durations(problem.model, problem.machine, split, cut.samples, problem.length, cut.r2)
     even = Work.even(problem.model.layers, cut.r1, many, d.attention, d.shared, d.a2e, d.expert, d.e2a, d.counts)
     even = replace(even, both_ways=problem.machine.both_ways)
-    found = problem.burden(split)
+    found = problem.burden(split.eg)
     if found is not None:
         return _uneven(problem, split, cut, even, found, draw)
     for row, last in ((even.a2e_IJ, d.last[0]), (even.expert_IJ, d.last[1]), (even.e2a_IJ, d.last[2])):
@@ -132,7 +54,7 @@ def work_of(problem: Problem, split: Split, cut: Cut, draw: int = 0) -> Work:
 
 def works_of(problem: Problem, split: Split, cut: Cut) -> list[Work]:
     """Under skew several draws of the measured chunks: who saw one sequence of them alone would plan for that sequence."""
-    found = problem.burden(split)
+    found = problem.burden(split.eg)
     many = DRAWS if found is not None and len(found.most_C) > 1 else 1
     return [work_of(problem, split, cut, draw) for draw in range(many)]
 
@@ -180,9 +102,11 @@ def findep_of(sites: Iterable[Site]) -> Plan | None:
     found.sort(key=lambda pair: -pair[1].estimate)
     near = [pair for pair in found[:MOST_SIMULATED] if pair[1].estimate >= _near(pair[0][0]) * found[0][1].estimate]
     simulated = near if len(near) > SIMULATED else found[:SIMULATED]
-    (problem, split), best = max(simulated, key=lambda pair: _simulated(pair[0][0], pair[0][1], pair[1]))
+    (problem, split), best = _quickest(simulated)
     if problem.skew is not None or problem.machine.both_ways > 1:
-        best = max(_other_r2(problem, split, best), key=lambda c: _simulated(problem, split, c))
+        _, best = _quickest(
+            (((problem, split), best), *(((problem, split), c) for c in _other_r2(problem, split, best)))
+        )
     return scored(problem, split, best.cut, best.order, "FinDEP")
 
 
@@ -207,6 +131,18 @@ class _Candidate(NamedTuple):
     estimate: float
     cut: Cut
     order: Order
+
+
+def _quickest(found: Iterable[tuple[Site, _Candidate]]) -> tuple[Site, _Candidate]:
+    """By simulation; those whose bound promises no more than the best so far are not simulated."""
+    best, rate = None, 0.0
+    for (problem, split), candidate in found:
+        works = works_of(problem, split, candidate.cut)
+        tokens = _tokens(problem, split, candidate.cut) * len(works)
+        if tokens / sum(map(lower_bound, works)) > rate and (mine := _simulated(problem, split, candidate)) > rate:
+            best, rate = ((problem, split), candidate), mine
+    assert best is not None, "there are candidates"
+    return best
 
 
 def _simulated(problem: Problem, split: Split, candidate: _Candidate) -> float:
@@ -238,11 +174,11 @@ def _frontier(problem: Problem, split: Split) -> Iterable[tuple[int, int]]:
             problem, split
         )  # busy chunks of many micro-batches may fall together: fewer can be better
     former = 0
-    for samples in range(largest_samples(fits), 0, -1):
-        r1 = min(problem.max_r1, largest_r1(fits, samples))
-        if r1 not in (0, former):
-            former = r1
-            yield samples, r1
+    for r1 in range(1, problem.max_r1 + 1):
+        samples = largest_samples(fits, r1)
+        if samples and (most := min(problem.max_r1, largest_r1(fits, samples))) != former:
+            former = most
+            yield samples, most
 
 
 def _candidates(problem: Problem, split: Split, at: tuple[int, int]) -> Iterable[_Candidate]:
@@ -275,7 +211,7 @@ def _closed_cost(
 def _per_tokens(problem: Problem, split: Split) -> tuple[Callable[[float], float], Callable[[float], float]]:
     """Seconds of a chunk on the expert group and of one of its transfers, by tokens of an expert: the mean over chunks."""
     model, machine = problem.model, problem.machine
-    found = problem.burden(split)
+    found = problem.burden(split.eg)
     if found is None:
         link = machine.link(split)
         each = model.experts / split.eg * model.hidden
@@ -303,30 +239,52 @@ def scored(problem: Problem, split: Split, cut: Cut, order: Order | Sequence[Tur
         sum(exposed_link_s(work, order) for work in works) / len(works),
         _tokens(problem, split, cut) / seconds,
         problem.replicas,
+        problem.spare,
+        problem.placement(split.eg),
     )
 
 
 def naive(problem: Problem, split: Split) -> Plan | None:
-    """Everything one after the other: one micro-batch, one chunk."""
-    fits = problem.room(split)
-    each = None if problem.samples is None else math.ceil(problem.samples / split.ag)
-    samples = 0 if fits is None else largest_samples(fits) if each is None else each
-    if fits is None or samples == 0 or not fits.holds(samples, 1):
-        return None
-    return scored(problem, split, Cut(samples, 1, 1), _glued(1), "naive DEP")
+    """Everything one after the other: one micro-batch, one chunk. None where the model does not fit."""
+    return naive_of([(problem, split)])
+
+
+def naive_of(sites: Iterable[Site]) -> Plan | None:
+    """The best of several splits, or ways to copy experts."""
+    found = []
+    for problem, split in sites:
+        fits = problem.room(split)
+        each = None if problem.samples is None else math.ceil(problem.samples / split.ag)
+        samples = 0 if fits is None else largest_samples(fits) if each is None else each
+        if fits is not None and samples and fits.holds(samples, 1):
+            found.append((problem, split, Cut(samples, 1, 1)))
+    return _best_glued(found, "naive DEP")
 
 
 def pppipe(problem: Problem, split: Split) -> Plan | None:
     """MegaScale-Infer's ping-pong: micro-batches, no chunks, and shared experts computed with attention."""
-    cuts = [Cut(samples, r1, 1) for samples, r1 in _all_pairs(problem, split)]
-    if not cuts:
-        return None
+    return pppipe_of([(problem, split)])
 
-    def rate(cut: Cut) -> float:
-        return _tokens(problem, split, cut) / mean_makespan(works_of(problem, split, cut), _glued(cut.r1))
 
-    best = max(cuts, key=rate)
-    return scored(problem, split, best, _glued(best.r1), "PPPipe")
+def pppipe_of(sites: Iterable[Site]) -> Plan | None:
+    """The best of several splits, or ways to copy experts."""
+    pairs = ((problem, split, pair) for problem, split in sites for pair in _all_pairs(problem, split))
+    return _best_glued([(problem, split, Cut(samples, r1, 1)) for problem, split, (samples, r1) in pairs], "PPPipe")
+
+
+def _best_glued(found: list[tuple[Problem, Split, Cut]], name: str) -> Plan | None:
+    """Simulated from the most promising down, until no bound of the others promises more."""
+    works = [works_of(*one) for one in found]
+    tokens = [_tokens(*one) for one in found]
+    bound = [many * len(each) / sum(map(lower_bound, each)) for many, each in zip(tokens, works, strict=True)]
+    best, rate = None, 0.0
+    for i in sorted(range(len(found)), key=lambda i: -bound[i]):
+        if bound[i] <= rate:
+            break
+        mine = tokens[i] / mean_makespan(works[i], _glued(found[i][2].r1))
+        if mine > rate:
+            best, rate = found[i], mine
+    return None if best is None else scored(*best, _glued(best[2].r1), name)
 
 
 def _glued(r1: int) -> list[Turn]:
@@ -343,7 +301,7 @@ def _all_pairs(problem: Problem, split: Split) -> Iterable[tuple[int, int]]:
         if problem.samples is not None:
             samples = math.ceil(math.ceil(problem.samples / split.ag) / r1)
         else:
-            samples = max((m for m in range(1, largest_samples(fits) + 1) if fits.holds(m, r1)), default=0)
+            samples = largest_samples(fits, r1)
         if samples and fits.holds(samples, r1) and (samples, r1) not in seen:
             seen.add((samples, r1))
             yield samples, r1
@@ -351,25 +309,29 @@ def _all_pairs(problem: Problem, split: Split) -> Iterable[tuple[int, int]]:
 
 def interleaved(problem: Problem, plan: Plan) -> Plan:
     """The same cut with another order of the attention group: the best of all where there are few enough to try, else what
-    exchanging neighbours in it leads to."""
-    works = works_of(problem, plan.split, Cut(plan.samples, plan.r1, plan.r2))
+    exchanging neighbours in it leads to, within a bounded number of simulations. As it is where nothing is to gain."""
+    if plan.gap <= NOTHING:
+        return plan
+    cut = Cut(plan.samples, plan.r1, plan.r2)
+    works = works_of(problem, plan.split, cut)
     if plan.r1 <= MAX_FREE:
         best = min(every_order(plan.r1), key=lambda order: mean_makespan(works, order))
     else:
         best = _climbed(works, list(plan.order))
-    found = scored(problem, plan.split, Cut(plan.samples, plan.r1, plan.r2), best, "free order")
+    found = scored(problem, plan.split, cut, best, "free order")
     return found if found.makespan_s < plan.makespan_s else plan
 
 
 def _climbed(works: Sequence[Work], order: list[Turn]) -> list[Turn]:
     """Exchange two neighbours as long as that makes it shorter; a micro-batch attends before its shared experts."""
-    seconds = mean_makespan(works, order)
-    for _ in range(len(order)):
+    seconds, left = mean_makespan(works, order), MOST_CLIMBED
+    while left > 0:
         others = [
             [*order[:i], order[i + 1], order[i], *order[i + 2 :]]
             for i in range(len(order) - 1)
             if order[i][1] != order[i + 1][1]
-        ]
+        ][:left]
+        left -= len(others)
         timed = [(mean_makespan(works, other), other) for other in others]
         if not timed or min(timed)[0] >= seconds:
             break
@@ -389,10 +351,10 @@ def best_split(
 
 
 class AfterLoss(NamedTuple):
-    """What goes on once expert GPUs are gone: the plan, who holds what, and how many experts of a layer must be loaded."""
+    """What goes on once expert GPUs are gone: the plan, who holds what, and how many experts of all layers are to load."""
 
     plan: Plan
-    held: Held
+    held: Placement
     loaded: int
 
 
@@ -406,18 +368,23 @@ def survived(problem: Problem, plan: Plan, lost: Collection[int] = (0,)) -> Afte
     """Plan anew for the expert GPUs that are left once those of these numbers are gone and the others took over what nobody
     holds any more: nothing, where there are replicas enough. None where they have no room, or where nobody is left.
     """
-    before = shares(problem.model.experts, plan.split.eg, plan.replicas) if problem.held is None else problem.held
+    before = problem.held or plan.held or (shares(problem.model.experts, plan.split.eg, plan.replicas),)
     if len(set(lost)) >= plan.split.eg:
         return None
-    held = shares_after(before, lost)
-    left = replace(problem, replicas=plan.replicas, held=held)
-    found = findep(left, Split(plan.split.ag, len(held)))
-    kept = len({expert for rank, one in enumerate(before) if rank not in lost for expert in one})
-    return None if found is None else AfterLoss(found, held, problem.model.experts - kept)
+    before = repeated(before, problem.model.layers)
+    held = tuple(shares_after(layer, lost) for layer in before)
+    found = findep(replace(as_planned(problem, plan), held=held), Split(plan.split.ag, len(held[0])))
+    return None if found is None else AfterLoss(found, held, sum(map(_orphans, before, held, [set(lost)] * len(held))))
+
+
+def _orphans(before: Held, after: Held, lost: set[int]) -> int:
+    """Experts of a layer that somebody has to load."""
+    kept = [set(one) for rank, one in enumerate(before) if rank not in lost]
+    return sum(len(set(new) - old) for new, old in zip(after, kept, strict=True))
 
 
 __all__ = [
-    "AfterLoss", "Cut", "Plan", "Problem", "Room", "aass_s", "after_loss", "asas_s", "best_r2", "best_split",
-    "findep", "findep_of", "interleaved", "mean_makespan", "naive", "pppipe", "printed_s", "scored",
-    "survived", "work_of", "works_of",
+    "MAX_R2", "AfterLoss", "Cut", "Plan", "Problem", "Room", "aass_s", "after_loss", "as_planned", "asas_s", "best_r2",
+    "best_split", "findep", "findep_of", "interleaved", "mean_makespan", "naive", "naive_of", "pppipe", "pppipe_of",
+    "printed_s", "scored", "survived", "work_of", "works_of",
 ]  # fmt: skip

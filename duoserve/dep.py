@@ -18,15 +18,17 @@ import typer
 from duoserve.config import parse_size, size
 from duoserve.core import Refusal
 from duoserve.depcalibrate import calibrate, costs
+from duoserve.depcopies import copies_json, copies_table
 from duoserve.flags import check_targets
 from duoserve.kernels import kernels
 
 if TYPE_CHECKING:
+    from dep_extension.colocated import Colocated
     from dep_extension.cost import Split
     from dep_extension.ratio import Comparison
     from dep_extension.solver import AfterLoss, Plan, Problem
 
-MOST_GPUS, MOST_SAMPLES, MOST_LENGTH = 4096, 1 << 20, 1 << 20
+MOST_GPUS, MOST_SAMPLES, MOST_LENGTH, MOST_SPARE = 4096, 1 << 20, 1 << 20, 4096
 
 dep = typer.Typer(help="Divide GPUs into those that attend and those that hold experts, and see what it comes to.")
 dep.command()(calibrate)
@@ -42,7 +44,9 @@ MachineName = Annotated[
 ]
 Skew = Annotated[
     str | None,
-    typer.Option(help="Measured loads: a trace's folder, a file, routes (made with published habits), or zipf:0.8."),
+    typer.Option(
+        help="Loads: a trace's folder, a file, routes (made by published habits), zipf:0.8 (hot ones change), settled:0.8."
+    ),
 ]
 LinkRate = Annotated[str | None, typer.Option(help="Bytes per second between GPUs of a derived machine, as 450GB.")]
 Memory = Annotated[str | None, typer.Option(help="Of a GPU of a derived machine, as 80GB.")]
@@ -57,6 +61,12 @@ def plan(
     length: Annotated[int, typer.Option(help="Tokens of a sample.")] = 2048,
     ratio: Annotated[str | None, typer.Option(help="Attention to expert GPUs, as 3:5. Default: the best.")] = None,
     replicas: Annotated[int | None, typer.Option(help="Expert GPUs that hold each expert. Default: the best.")] = None,
+    spare: Annotated[
+        int | None,
+        typer.Option(
+            help="Places of a layer on each expert GPU for copies of hot experts, by --skew. Default: the best."
+        ),
+    ] = None,
     max_r1: Annotated[int, typer.Option("--max-r1", help="Micro-batches at most.")] = 8,
     skew: Skew = None,
     link: LinkRate = None,
@@ -73,27 +83,33 @@ def plan(
     """The best plan for a batch, beside every baseline, with its lower bound. Simulated: measures nothing."""
     from dep_extension.planfile import save as write_plan
     from dep_extension.planfile import to_json
-    from dep_extension.ratio import compare
+    from dep_extension.ratio import Copying, compare
+    from duoserve.depsubject import whose
 
     _check(gpus, batch, length, max_r1, replicas)
     split = _split(ratio, gpus)
+    if spare is not None and (replicas is not None or skew is None or not 0 <= spare <= MOST_SPARE):
+        what = f"--spare {spare}" + (f" with --replicas {replicas}" if replicas is not None else "")
+        what += " without --skew" if skew is None else ""
+        raise Refusal("E_OPTION", what, f"give 0 to {MOST_SPARE} places and loads to place by, or replicas alone")
     if split is not None and replicas is not None and replicas > split.eg:
         what = f"--replicas {replicas} on {split.eg} expert GPUs of --ratio {ratio}"
         raise Refusal("E_OPTION", what, "ask for no more replicas than expert GPUs")
     check_targets(save, png, perfetto)
     problem = _problem(model, machine, gpus, batch, length, max_r1, skew, link, memory)
-    found = compare(problem, gpus, split, replicas)
+    owner = whose(machine, problem.machine)
+    found = compare(problem, gpus, split, Copying(replicas, spare))
     if found is None:
-        raise _no_room(problem, gpus, split, replicas)
+        raise _no_room(problem, gpus, split, replicas, spare)
     if save is not None:
         write_plan(found.plan, save, problem.model.name, problem.machine.name)
     if png is not None or perfetto is not None:
         _pictures(problem, found.plan, png, perfetto)
     if as_json:
-        beside = {"beside": _beside(problem, found)}
+        beside = {"beside": _beside(problem, found) | {"machine": owner}}
         print(json.dumps(to_json(found.plan, problem.model.name, problem.machine.name) | beside))
         return
-    for what, says in table(problem, found):
+    for what, says in table(problem, found, owner):
         print(f"{what:18s}{says}".rstrip())
 
 
@@ -141,27 +157,26 @@ def _problem(
     return Problem(shape, costs, length, batch, max_r1, skew=loads)
 
 
-def _no_room(problem: Problem, gpus: int, split: Split | None, replicas: int | None) -> Refusal:
+def _no_room(problem: Problem, gpus: int, split: Split | None, replicas: int | None, spare: int | None) -> Refusal:
     from dep_extension.partition import least, splits
 
     copies = replicas or 1
     tried = [split] if split is not None else list(splits(problem.model, gpus, copies))
-    need = least(problem.model, tried, problem.length, problem.samples, problem.max_r1, copies)
+    need = least(problem.model, tried, problem.length, problem.samples, problem.max_r1, copies, spare or 0)
     have = problem.machine.memory_bytes
     where = f"no split of {gpus} GPUs" if split is None else f"not {split.ag}:{split.eg}"
     what = f"{problem.model.name} fits {where} ({need.split.ag}:{need.split.eg} needs {size(need.n_bytes)} on a GPU"
-    what += f" with {copies} copies of its experts" if copies > 1 else ""
+    what += f" with {copies} copies of its experts" if copies > 1 else f" with {spare} spare places" if spare else ""
     what += f", one has {size(have)})"
-    return Refusal("E_SPLIT", what, "use more GPUs, a smaller --batch or --length, or fewer --replicas", 4)
+    return Refusal("E_SPLIT", what, "use more GPUs, a smaller --batch or --length, or fewer --replicas or --spare", 4)
 
 
 def _pictures(problem: Problem, plan: Plan, png: Path | None, perfetto: Path | None) -> None:
     from dep_extension.schedule import timeline
-    from dep_extension.solver import Cut, work_of
+    from dep_extension.solver import Cut, as_planned, work_of
     from duoserve.deppicture import draw, write_trace
 
-    asked = replace(problem, replicas=plan.replicas)
-    tasks = timeline(work_of(asked, plan.split, Cut(plan.samples, plan.r1, plan.r2)), plan.order)
+    tasks = timeline(work_of(as_planned(problem, plan), plan.split, Cut(plan.samples, plan.r1, plan.r2)), plan.order)
     title = f"{problem.model.name} on {problem.machine.name}, {plan.split.ag}:{plan.split.eg}"
     if png is not None:
         draw(png, tasks, title)
@@ -169,17 +184,19 @@ def _pictures(problem: Problem, plan: Plan, png: Path | None, perfetto: Path | N
         write_trace(perfetto, tasks, title)
 
 
-def table(problem: Problem, found: Comparison) -> Iterator[tuple[str, str]]:
-    """Rows for people."""
+def table(problem: Problem, found: Comparison, owner: str | None = None) -> Iterator[tuple[str, str]]:
+    """Rows for people. `owner`: whose costs these are, where it matters."""
     plan, machine = found.plan, problem.machine
     yield "simulated", f"{problem.model.name} on {machine.name}: no measurement"
     yield "costs", textwrap.shorten(machine.source or "calibrated", 120, placeholder=" ...")
+    if owner is not None:
+        yield "machine", owner
     if problem.skew is not None:
         yield (
             "loads",
             f"{problem.skew.source}: the busiest expert of a chunk gets {problem.skew.skew:.2f} times its share",
         )
-    yield "split", f"attention GPUs {plan.split.ag}, expert GPUs {plan.split.eg}, {_copies(plan.replicas)}"
+    yield "split", f"attention GPUs {plan.split.ag}, expert GPUs {plan.split.eg}, {_copies(plan)}"
     yield (
         "cut",
         f"r1 {plan.r1} micro-batches of m_a {plan.samples} samples a GPU; r2 {plan.r2} chunks of m_e {plan.tokens:,} tokens",
@@ -192,41 +209,40 @@ def table(problem: Problem, found: Comparison) -> Iterator[tuple[str, str]]:
     )
     yield "lower bound", f"{_ms(plan.bound_s)} for any order of this cut: at most {max(0.0, plan.gap):.2%} to gain"
     yield from _losses(problem, plan)
+    if problem.skew is not None:
+        yield from copies_table(problem, found)
     yield from _ways(found)
     yield from _ratios(found)
 
 
 def _losses(problem: Problem, plan: Plan) -> Iterator[tuple[str, str]]:
     """What goes on once an expert GPU is gone, with this plan's copies and with one more of each."""
-    for replicas, less in after_one(problem, plan).items():
-        head = "one lost" if replicas == plan.replicas else f"with {replicas} copies"
+    for what, less in after_one(problem, plan).items():
         if less is None:
-            yield head, "the expert GPUs that are left have no room"
+            yield what, "the expert GPUs that are left have no room"
             continue
-        split, loaded = less.plan.split, less.loaded * problem.model.layers * problem.model.expert_bytes
-        what = f"{less.loaded} experts of each layer to load, {size(loaded)}" if less.loaded else "nothing to load"
-        yield head, f"{split.ag}:{split.eg} goes on with {less.plan.tokens_per_s:,.0f} tokens/s; {what}"
+        split, n_bytes = less.plan.split, less.loaded * problem.model.expert_bytes
+        load = f"{less.loaded:,} experts to load, {size(n_bytes)}" if less.loaded else "nothing to load"
+        yield what, f"{split.ag}:{split.eg} goes on with {less.plan.tokens_per_s:,.0f} tokens/s; {load}"
 
 
-def after_one(problem: Problem, plan: Plan) -> dict[int, AfterLoss | None]:
-    """Of the first expert GPU, by the number of copies: the plan's, and one more where that fits."""
-    from dep_extension.solver import findep, survived
+def after_one(problem: Problem, plan: Plan) -> dict[str, AfterLoss | None]:
+    """Of the first expert GPU, by what is lost then: the plan as it is, and with one more copy of each where that fits."""
+    from dep_extension.solver import as_planned, findep, survived
 
-    found = {}
-    for replicas in (plan.replicas, plan.replicas + 1):
-        at = replace(problem, replicas=replicas)
-        before = plan if replicas == plan.replicas else None
-        if before is None and replicas <= plan.split.eg:
-            before = findep(at, plan.split)
+    found = {"one lost": survived(as_planned(problem, plan), plan)}
+    if plan.spare is None and plan.replicas < plan.split.eg:
+        more = replace(problem, replicas=plan.replicas + 1)
+        before = findep(more, plan.split)
         if before is not None:
-            found[replicas] = survived(at, before)
+            found[f"with {more.replicas} copies"] = survived(more, before)
     return found
 
 
 def _ways(found: Comparison) -> Iterator[tuple[str, str]]:
     """Each at its own best ratio, over the plan's throughput."""
     yield "", ""
-    yield "way", f"{'tokens/s':>12s}{'of plan':>9s}{'exposed':>12s}  at"
+    yield "way", f"{'tokens/s':>12s}{'of plan':>9s}{'exposed':>14s}  at"
     best = found.plan.tokens_per_s
     plans = [
         ("naive DEP", found.ways.naive),
@@ -237,11 +253,11 @@ def _ways(found: Comparison) -> Iterator[tuple[str, str]]:
     for name, one in plans:
         if one is not None:
             at = f"{one.split.ag}:{one.split.eg}, r1 {one.r1}, r2 {one.r2}"
-            yield name, f"{one.tokens_per_s:12,.0f}{one.tokens_per_s / best:9.3f}{_ms(one.exposed_s):>12s}  {at}"
+            yield name, f"{one.tokens_per_s:12,.0f}{one.tokens_per_s / best:9.3f}{_ms(one.exposed_s):>14s}  {at}"
     for other in found.ways.colocated:
-        at = f"{other.gpus} GPUs, {other.micro_batches} x {other.samples} samples, {_copies(other.replicas)}"
+        at = f"{other.gpus} GPUs, {other.micro_batches} x {other.samples} samples, {_copies(other)}"
         name = "colocated" if other.micro_batches == 1 else "colocated, two"
-        yield name, f"{other.tokens_per_s:12,.0f}{other.tokens_per_s / best:9.3f}{_ms(other.exposed_s):>12s}  {at}"
+        yield name, f"{other.tokens_per_s:12,.0f}{other.tokens_per_s / best:9.3f}{_ms(other.exposed_s):>14s}  {at}"
     if not found.ways.colocated:
         yield "colocated", "has no room"
     if any(other.tokens_per_s > best for other in found.ways.colocated):
@@ -252,7 +268,7 @@ def _ratios(found: Comparison) -> Iterator[tuple[str, str]]:
     yield "", ""
     yield "ratio", f"{'naive':>12s}{'PPPipe':>12s}{'FinDEP':>12s}   tokens/s"
     for row in found.rows:
-        cells = [f"{p.tokens_per_s:12,.0f}" if p is not None else f"{'no room':>12s}" for p in row[2:]]
+        cells = [f"{p.tokens_per_s:12,.0f}" if p is not None else f"{'no room':>12s}" for p in row[1:]]
         yield f"{row.split.ag}:{row.split.eg}", "".join(cells)
     for other in found.ways.colocated:
         yield f"all {other.gpus}", f"{other.tokens_per_s:12,.0f}   {other.name}"
@@ -267,8 +283,10 @@ def _order(plan: Plan) -> str:
     return " ".join(f"{what}{i}" for what, i in plan.order)
 
 
-def _copies(replicas: int) -> str:
-    return "each expert once" if replicas == 1 else f"each expert on {replicas} of them"
+def _copies(at: Plan | Colocated) -> str:
+    if at.spare is not None:
+        return f"experts placed by loads, {at.spare} spare places" if at.spare else "experts placed by loads"
+    return "each expert once" if at.replicas == 1 else f"each expert on {at.replicas} of them"
 
 
 def _ms(seconds: float) -> str:
@@ -279,23 +297,24 @@ def _beside(problem: Problem, found: Comparison) -> dict[str, Any]:
     plans = {"naive": found.ways.naive, "pppipe": found.ways.pppipe, "findep": found.ways.findep}
     rows = [
         {"split": list(row.split)}
-        | {name: plan and plan.tokens_per_s for name, plan in zip(plans, row[2:], strict=True)}
+        | {name: plan and plan.tokens_per_s for name, plan in zip(plans, row[1:], strict=True)}
         for row in found.rows
     ]
     return {
         "simulated": True, "costs": problem.machine.source, "length": problem.length, "batch": problem.samples,
         "loads": problem.skew and problem.skew.source, "gap": found.plan.gap,
+        "copies": copies_json(problem, found),
         **{name: plan and _figures(plan) for name, plan in plans.items()},
         "after_one_lost": {
-            str(n): less and {"split": list(less.plan.split), "tokens_per_s": less.plan.tokens_per_s, "loaded": less.loaded}
-            for n, less in after_one(problem, found.plan).items()
+            what: less and {"split": list(less.plan.split), "tokens_per_s": less.plan.tokens_per_s, "loaded": less.loaded}
+            for what, less in after_one(problem, found.plan).items()
         },
         "colocated": [asdict(other) for other in found.ways.colocated], "ratios": rows,
     }  # fmt: skip
 
 
 def _figures(plan: Plan) -> dict[str, Any]:
-    names = ("samples", "r1", "r2", "replicas", "makespan_s", "bound_s", "exposed_s", "tokens_per_s")
+    names = ("samples", "r1", "r2", "replicas", "spare", "makespan_s", "bound_s", "exposed_s", "tokens_per_s")
     return {"split": list(plan.split), "order": _order(plan)} | {name: getattr(plan, name) for name in names}
 
 

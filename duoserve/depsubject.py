@@ -22,7 +22,7 @@ import numpy as np
 
 from dep_extension import testbeds
 from dep_extension.cost import Line, Machine, Model, Split
-from dep_extension.imbalance import Loads, counted, zipf
+from dep_extension.imbalance import Loads, counted, settled, zipf
 from duoserve.core import Refusal, nearest
 from duoserve.headers import read_json, shown
 
@@ -34,7 +34,7 @@ MADE = "routes"
 LOADS, LOADS_VERSION = "duoserve-dep-loads", 1
 MAX_FILE_BYTES, MAX_CHUNKS = 16 << 20, 4096
 _SEQUENCES, _LAYERS, _TOKENS = 8, 4, 512  # of made routes: tokens of a sequence
-_SKEW = f"give a trace's folder, {MADE}, zipf:0.8, or a file of loads"
+_SKEW = f"give a trace's folder, {MADE}, zipf:0.8, settled:0.8, or a file of loads"
 
 
 def known_model(name: str | None, machine: str) -> Model:
@@ -108,7 +108,25 @@ def _sized(name: str, config: Any, choices: int, kv_bytes: float) -> Model:
         d_v=d_v,
         kv_elements=math.ceil(kv_bytes / ELEMENT / int(text.num_hidden_layers)),
         projections=sum(p.numel() for n, p in matrices.items() if n not in beside),
+        attending=_attending(text, d_k, d_v),
     )
+
+
+def _attending(text: Any, d_k: int, d_v: int) -> int:
+    """Elements of a token that live at once while stock attention runs, at most, keys and values that are kept among them.
+
+    Separate projections: queries are turned (as they were, turned halves, both products), else keys are while queries wait,
+    else the outcome is laid out anew. MLA: queries twice (their parts turned, joined), latents twice, keys and values of all
+    heads, keys joined, the outcome twice.
+    """
+    heads, latent = int(text.num_attention_heads), getattr(text, "kv_lora_rank", None)
+    q, out = heads * d_k, heads * d_v
+    if latent:
+        turned = int(text.qk_rope_head_dim)
+        return 3 * q + heads * (d_k - turned + d_v) + 2 * out + heads * turned + 2 * int(latent) + 4 * turned
+    few = int(getattr(text, "num_key_value_heads", None) or heads)
+    k, v = few * d_k, few * d_v
+    return max(4 * q + k + v, 2 * q + 4 * k + v, q + 2 * k + 2 * v + 2 * out) + 2 * d_k
 
 
 def _heads(text: Any) -> tuple[int, int]:
@@ -139,6 +157,16 @@ def known_machine(
     if link is not None or memory is not None:
         raise Refusal("E_OPTION", f"{name} has fitted links and known memory", "leave --link and --memory out")
     return found
+
+
+def whose(name: str, machine: Machine) -> str | None:
+    """Of a file that was calibrated, whether it was here; None of what is no such file."""
+    from dep_extension.calibrate import named_here
+
+    if name in testbeds.names() or not _calibrated(name):
+        return None
+    here = named_here()
+    return "measured on this machine" if machine.name in here else f"measured on another machine than this, {here[0]}"
 
 
 def _calibrated(name: str) -> bool:
@@ -219,12 +247,16 @@ class Ports(Mapping[Split, Line]):
 
 
 def known_loads(what: str, name: str | None, model: Model, seed: int = 0) -> Loads:
-    """Of a trace's folder, of routes that are made with the model's published habits, of Zipf's law, or of a file."""
+    """Of a trace's folder, of routes that are made with the model's published habits, of Zipf's law (what is hot changes, or
+    is settled), or of a file."""
     try:
         if what == MADE:
             return _made(name, model, seed)
-        if what.startswith("zipf:"):
-            return zipf(model.experts, _exponent(what.removeprefix("zipf:")), seed=seed)
+        law, colon, exponent = what.partition(":")
+        if colon and law == "zipf":
+            return zipf(model.experts, _exponent(what, exponent), seed=seed)
+        if colon and law == "settled":
+            return settled(model.experts, _exponent(what, exponent), CHUNK * model.choices, seed=seed)
         path = Path(what)
         if path.is_dir():
             return _traced(path, model)
@@ -238,13 +270,13 @@ def known_loads(what: str, name: str | None, model: Model, seed: int = 0) -> Loa
         raise Refusal("E_LOADS", str(error).rpartition(": ")[0] or str(error), _SKEW) from error
 
 
-def _exponent(text: str) -> float:
+def _exponent(what: str, text: str) -> float:
     try:
         found = float(text)
     except ValueError:
         found = math.nan
     if not 0 <= found <= 4:
-        raise Refusal("E_LOADS", f"zipf:{text[:20]} has no exponent from 0 to 4", "write it like zipf:0.8")
+        raise Refusal("E_LOADS", f"{what[:28]} has no exponent from 0 to 4", "write it like zipf:0.8")
     return found
 
 
@@ -271,7 +303,10 @@ def _traced(folder: Path, model: Model) -> Loads:
     routes = [
         np.concatenate([routes[layer].ids_TK.numpy() for routes in sequences]) for layer in range(len(about.experts))
     ]
-    return counted(routes, model.experts, min(CHUNK, max(1, min(map(len, routes)))), f"the trace {folder.name}")
+    tokens = min(
+        CHUNK, max(1, min(map(len, routes)) // 2)
+    )  # two chunks of each layer: one judges what the other placed
+    return counted(routes, model.experts, tokens, f"the trace {folder.name}")
 
 
 def _listed(path: Path) -> Loads:
@@ -286,4 +321,7 @@ def _listed(path: Path) -> Loads:
     strange = [x for row in rows for x in row if type(x) not in (int, float) or not 0 <= x < 1e12]
     if strange:
         raise Refusal("E_LOADS", f"{path} has the load {shown(strange[0])}, not one from 0 to 1e12", _SKEW, 5)
-    return Loads.of(rows, f"the file {path.name}")
+    layers = data.get("layers")
+    if layers is not None and (not isinstance(layers, list) or any(type(n) is not int for n in layers)):
+        raise Refusal("E_LOADS", f"{path} has the layers {shown(layers)}, not a number for each chunk", _SKEW, 5)
+    return Loads.of(rows, f"the file {path.name}", layers)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from dep_extension.cost import Line, Machine, Model, Split
 from dep_extension.imbalance import zipf
 from dep_extension.ratio import Row, Ways, rows_of, ways
-from dep_extension.solver import Problem
+from dep_extension.solver import Plan, Problem, as_planned
 from duoserve.core import Refusal
 from duoserve.flags import check_targets
 
@@ -124,7 +124,7 @@ def swept(
         loads = zipf(model.experts, skew) if skew else None
         problem = Problem(model, costs, length, batch, max_r1, skew=loads)
         found = ways(problem, gpus)
-        at = None if found is None else replace(problem, replicas=found.findep.replicas)
+        at = None if found is None else as_planned(problem, found.findep)
         yield Cell(gpus, length, skew, speed, found, rows_of(at, gpus) if ratios and at is not None else [])
 
 
@@ -134,7 +134,7 @@ def lines(cell: Cell, as_json: bool, first: bool) -> Iterator[str]:
         yield json.dumps(to_json(cell))
         return
     if first:
-        heads = "".join(f"{way:>12s}" for way in _WAYS) + f"{'ratio':>12s}{'replicas':>9s}"
+        heads = "".join(f"{way:>12s}" for way in _WAYS) + f"{'ratio':>12s}{'copies':>9s}"
         yield f"{'GPUs':>5s}{'length':>8s}{'skew':>6s}{'link':>6s}{heads}   tokens/s a GPU, simulated"
     about = f"{cell.gpus:5d}{cell.length:8d}{cell.skew:6g}{cell.link_speed:6g}"
     if cell.found is None:
@@ -142,12 +142,17 @@ def lines(cell: Cell, as_json: bool, first: bool) -> Iterator[str]:
         return
     plan = cell.found.findep
     rates = "".join(f"{rate:12,.1f}" if (rate := cell.rate(way)) is not None else f"{'-':>12s}" for way in _WAYS)
-    yield f"{about}{rates}{f'{plan.split.ag}:{plan.split.eg}':>12s}{plan.replicas:9d}"
+    yield f"{about}{rates}{f'{plan.split.ag}:{plan.split.eg}':>12s}{_copies(plan):>9s}"
     for row in cell.rows:
         each = [None if p is None else p.tokens_per_s / cell.gpus for p in (row.naive, row.pppipe, row.findep)]
         cells = [f"{'-':>12s}" if rate is None else f"{rate:12,.1f}" for rate in each]
         cells.insert(2, " " * 12)
         yield f"{'':25s}{''.join(cells)}{f'{row.split.ag}:{row.split.eg}':>12s}"
+
+
+def _copies(plan: Plan) -> str:
+    """Replicas of each expert, or places for copies of hot ones."""
+    return f"x{plan.replicas}" if plan.spare is None else f"+{plan.spare}"
 
 
 def to_json(cell: Cell) -> dict[str, Any]:
@@ -162,10 +167,17 @@ def to_json(cell: Cell) -> dict[str, Any]:
     if cell.found is None:
         return about | {"fits": False, "tokens_per_s_per_gpu": rates}
     plan = cell.found.findep
-    cut = {"split": list(plan.split), "replicas": plan.replicas, "samples": plan.samples, "r1": plan.r1, "r2": plan.r2}
+    cut = {
+        "split": list(plan.split),
+        "replicas": plan.replicas,
+        "spare": plan.spare,
+        "samples": plan.samples,
+        "r1": plan.r1,
+        "r2": plan.r2,
+    }
     rows = [
         {"split": list(row.split)}
-        | {way: plan and plan.tokens_per_s for way, plan in zip(("naive", "pppipe", "findep"), row[2:], strict=True)}
+        | {way: plan and plan.tokens_per_s for way, plan in zip(("naive", "pppipe", "findep"), row[1:], strict=True)}
         for row in cell.rows
     ]
     more = {"gap": plan.gap, "exposed_s": plan.exposed_s, "makespan_s": plan.makespan_s}

@@ -19,6 +19,7 @@ from dep_extension.comm import Place, Role
 from dep_extension.executor import AttentionSide, Course, ExpertSide, open_store
 from dep_extension.faults import Bounds
 from dep_extension.local import local_world, together
+from dep_extension.placement import Placement
 from dep_extension.schedule import Order
 from dep_extension.walk import Inline, Itinerary
 from dep_extension.world import host_store, open_world
@@ -41,6 +42,7 @@ class Plan(NamedTuple):
     slots: int | None = None
     replicas: int = 1
     grouped: bool = False
+    held: Placement | None = None  # instead of replicas
 
     @property
     def name(self) -> str:
@@ -93,7 +95,7 @@ def side_of(plan: Plan, place: Place, device: Any) -> tuple[Any, Callable[..., d
     slots = {} if plan.slots is None else {"slots": plan.slots}
     opened = open_store(plan.folder, EngineConfig.of(dtype="float32", cache_dir=plan.cache, **slots))
     itinerary = Itinerary.of(len(opened.store.layers), plan.r1, plan.r2, Order(plan.order))
-    course = Course(plan.ag, plan.eg, tuple(opened.shares(plan.eg, plan.replicas)), itinerary)
+    course = Course(plan.ag, plan.eg, plan.held or tuple(opened.shares(plan.eg, plan.replicas)), itinerary)
     if place.role is Role.EXPERT:
         experts = ExpertSide(opened, device, place, course, kernels=Always() if plan.grouped else None)
 
@@ -102,6 +104,7 @@ def side_of(plan: Plan, place: Place, device: Any) -> tuple[Any, Callable[..., d
             counts = experts.rank.runtime.transfer.counts()
             experts.rank.runtime.cache.check()
             found = {"slots": experts.slots, "share": experts.rank.share.n_experts, "misses": counts.misses}
+            found["rows"] = experts.rank.rows
             grouping = experts.rank.runtime.grouping
             return found | {"passes": None if grouping is None else dict(grouping.passes)}
 

@@ -20,7 +20,7 @@ from dep_extension.solver import Cut, Problem, findep, work_of
 from duoserve import cli
 from duoserve.core import Refusal
 from duoserve.deppicture import LANES, events, write_trace
-from duoserve.depsubject import CHUNK, Ports, known_loads, known_machine, known_model
+from duoserve.depsubject import CHUNK, Ports, known_loads, known_machine, known_model, whose
 from duoserve.profile import read_profile
 from duoserve.specimens import SPECIMENS
 from traces import record
@@ -59,13 +59,26 @@ def test_a_plan_is_printed_saved_drawn_and_read_back(say: Any, tmp_path: Path) -
 
 def test_the_json_is_a_plan_file_with_the_comparison_beside(say: Any, tmp_path: Path) -> None:
     said = say(
-        "dep", "plan", "qwen3-235b-a22b", "-m", "C", "--batch", "16", "--max-r1", "2", "--skew", "zipf:1.2", "--json"
+        "dep",
+        "plan",
+        "qwen3-235b-a22b",
+        "-m",
+        "C",
+        "--batch",
+        "16",
+        "--max-r1",
+        "2",
+        "--skew",
+        "zipf:1.2",
+        "--replicas",
+        "2",
+        "--json",
     )
     (tmp_path / "plan.json").write_text(said)
     plan, beside = planfile.load(tmp_path / "plan.json"), json.loads(said)["beside"]
-    assert plan.replicas > 1 and beside["simulated"] and beside["loads"] == "made: Zipf 1.2"
+    assert plan.replicas == 2 and beside["simulated"] and beside["loads"] == "made: Zipf 1.2"
     assert [row["split"] for row in beside["ratios"]] == [[8 - eg, eg] for eg in range(plan.replicas, 8)]
-    lost = beside["after_one_lost"][str(plan.replicas)]
+    lost = beside["after_one_lost"]["one lost"]
     assert lost["split"] == [plan.split.ag, plan.split.eg - 1] and lost["loaded"] == 0, "there are copies"
     assert len(beside["colocated"]) == 2 and beside["gap"] == pytest.approx(plan.gap)
     assert beside["naive"]["tokens_per_s"] <= beside["pppipe"]["tokens_per_s"] <= plan.tokens_per_s * (1 + 1e-9)
@@ -95,6 +108,10 @@ def test_a_calibrated_file_is_taken_as_it_is(say: Any, tmp_path: Path) -> None:
     calibrate.save(machine, tmp_path / "ours.json")
     said = say("dep", "plan", "-m", str(tmp_path / "ours.json"), "--gpus", "4", "--batch", "8", "--length", "128")
     assert "four of ours" in said and "timed here" in said and "derived" not in said
+    assert "measured on another machine than this, " + calibrate.named_here()[0] in said, "whose costs are taken"
+    calibrate.save(replace(machine, name=calibrate.named_here()[-1]), tmp_path / "here.json")
+    assert whose(str(tmp_path / "here.json"), calibrate.load(tmp_path / "here.json")) == "measured on this machine"
+    assert whose("A", testbeds.named("A")) is None
 
 
 @pytest.mark.parametrize("name", ["mixtral-8x7b", "deepseek-v2-lite", "gpt-oss-20b"])
@@ -126,6 +143,10 @@ def test_loads_come_from_routes_from_a_trace_and_from_a_file(tmp_path: Path) -> 
     made = known_loads("routes", "mixtral-8x7b", model)
     assert made.experts == 8 and 1.0 < made.skew < 4 and made.loads_CE.mean() == pytest.approx(1.0)
     assert len(made.loads_CE) == 16, f"four layers of 4096 tokens, in chunks of {CHUNK}"
+    stays, moves = (known_loads(f"{law}:1", None, model) for law in ("settled", "zipf"))
+    first_E, last_E = stays.loads_CE[0], stays.loads_CE[15]
+    assert first_E.argmax() == last_E.argmax() and stays.layers == 4 and moves.layers == 1
+    assert len({row.argmax() for row in moves.loads_CE}) > 4, "others are hot in each chunk"
     path = tmp_path / "loads.json"
     path.write_text(json.dumps({"kind": "duoserve-dep-loads", "version": 1, "loads": [[1, 2, 3, 4, 5, 6, 7, 8]]}))
     assert known_loads(str(path), None, model).loads_CE[0, 7] == pytest.approx(8 / 4.5)
@@ -143,8 +164,10 @@ def test_loads_of_a_trace_are_what_its_routers_chose(toy: Any, load: Any, tmp_pa
     found = known_loads(str(tmp_path / "t"), None, model)
     (one,) = Traces(tmp_path / "t").sequences(hidden=False)
     chosen_TK = one.step.routes[1].ids_TK.numpy()
-    expected_E = np.bincount(chosen_TK.ravel(), minlength=experts[0]) / chosen_TK.size * experts[0]
-    assert len(found.loads_CE) == len(experts) and np.allclose(found.loads_CE[1], expected_E)
+    first_TK = chosen_TK[: len(chosen_TK) // 2]
+    expected_E = np.bincount(first_TK.ravel(), minlength=experts[0]) / first_TK.size * experts[0]
+    assert len(found.loads_CE) == 2 * len(experts) and found.judged_apart, "short as it is, a layer has two chunks"
+    assert np.allclose(found.only(found.layer_C == 1).loads_CE[0], expected_E)
     with pytest.raises(Refusal, match=r"is of \d+ experts, .* has 99; give a trace of this model"):
         known_loads(str(tmp_path / "t"), None, replace(model, experts=99))
 

@@ -7,9 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import dep_ranks
+import numpy as np
 import pytest
 import toys
 from dep_ranks import Plan
+
+from dep_extension.partition import shares_after
+from dep_extension.placement import placed
 
 FAMILIES = ["mixtral", "deepseek_v2", "qwen2_moe", "qwen3_moe"]
 SHARED = {"deepseek_v2", "qwen2_moe"}
@@ -78,11 +82,21 @@ def test_a_share_that_does_not_fit_its_slots_streams_from_the_store(family: str,
         assert rank["slots"] == 2 < rank["share"] and rank["misses"] > rank["share"]
 
 
-def test_experts_on_several_ranks_share_the_senders(models: Any, plan_of: Any) -> None:
-    plan = plan_of("qwen3_moe", (2, 3, 2, 2, "AASS"), replicas=2)
+def test_rows_of_an_expert_on_several_ranks_are_shared_out(models: Any, plan_of: Any) -> None:
+    plan = plan_of("qwen3_moe", (1, 3, 2, 2, "AASS"), replicas=3)
     found = dep_ranks.in_one_thread(plan)
     dep_ranks.check(plan, found, *models("qwen3_moe"))
-    assert sum(rank["share"] for rank in found[plan.ag :]) == 2 * 3 * 6
+    rows = [rank["rows"] for rank in found[plan.ag :]]
+    assert max(rows) < 2 * min(rows), f"each holds everything, and one attention rank sends: {rows}"
+
+
+@pytest.mark.parametrize("lost", [(), (0, 2)], ids=["placed", "after a loss"])
+def test_experts_placed_by_their_loads_answer_as_one_process(lost: tuple[int, ...], models: Any, plan_of: Any) -> None:
+    loads = np.array([[9, 1, 1, 1, 1, 1], [1, 1, 8, 7, 1, 0], [0, 0, 0, 0, 0, 1]])
+    held = tuple(shares_after(layer, lost) for layer in placed(loads, 4, 3))
+    assert sum(0 in one for one in held[0]) > 1 and len({len(one) for layer in held for one in layer}) > 1
+    plan = plan_of("qwen3_moe", (2, 4 - len(lost), 2, 2, "AASS"), held=held)
+    dep_ranks.check(plan, dep_ranks.in_one_thread(plan), *models("qwen3_moe"))
 
 
 def test_expert_ranks_that_multiply_in_groups_answer_as_one_process(models: Any, plan_of: Any) -> None:

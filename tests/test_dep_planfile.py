@@ -101,7 +101,7 @@ RAW: list[tuple[str | bytes, str]] = [
     ('{"plan": NaN}', "NaN is no number"),
     ('{"plan": -Infinity}', "-Infinity is no number"),
     ('{"a": 1' + "0" * 5000 + "}", "limit|digits"),
-    (" " * (MAX_BYTES + 1), "more than the 1,048,576 bytes"),
+    (" " * (MAX_BYTES + 1), "more than the 8,388,608 bytes"),
 ]
 
 

@@ -14,7 +14,7 @@ import pytest
 from dep_extension.cost import Line, Machine, Model, Split, chunks, durations, expert_s, tokens_per_expert
 from dep_extension.imbalance import Loads, zipf
 from dep_extension.partition import largest_r1, largest_samples, room, splits
-from dep_extension.schedule import Order, makespan
+from dep_extension.schedule import Order, Work, makespan, timeline
 from dep_extension.solver import (
     Cut,
     Plan,
@@ -213,7 +213,7 @@ def test_replicas_pay_under_skew_and_must_fit() -> None:
 
 def test_a_lost_expert_gpu_is_planned_around_with_and_without_replicas() -> None:
     asked = Problem(DEEPSEEK, replace(PAPER, memory_bytes=80e9), 2048, samples=16)
-    for replicas, loaded in ((1, 40), (2, 0)):
+    for replicas, loaded in ((1, 8 * 40), (2, 0)):
         mine = replace(asked, replicas=replicas)
         plan = findep(mine, Split(4, 4))
         assert plan is not None
@@ -221,13 +221,33 @@ def test_a_lost_expert_gpu_is_planned_around_with_and_without_replicas() -> None
         assert less is not None and less.plan.split == Split(4, 3) and less.loaded == loaded
         assert less.plan.tokens_per_s < plan.tokens_per_s and less.plan.replicas == replicas
         assert after_loss(mine, plan, 1) is not None and after_loss(mine, plan, 4) is None
-        assert {e for one in less.held for e in one} == set(range(160))
+        assert len(less.held) == 8 and all({e for one in held for e in one} == set(range(160)) for held in less.held)
         assert survived(mine, plan, range(4)) is None
         twice = survived(replace(mine, held=less.held), less.plan, (0,))
         assert twice is not None and twice.plan.split == Split(4, 2)
     full = replace(asked, machine=replace(PAPER, memory_bytes=18e9))
     plan = findep(full, Split(1, 7))
     assert plan is not None and survived(full, plan, range(4)) is None, "three GPUs have no room for all experts"
+
+
+def test_a_long_run_takes_as_long_as_its_timeline_says() -> None:
+    """Layers become alike, and are then counted instead of simulated."""
+    draw = np.random.default_rng(5)
+    for _ in range(15):
+        r1, r2, layers = int(draw.integers(1, 5)), int(draw.integers(1, 5)), int(draw.integers(1, 70))
+        parts = [draw.integers(0, 30, size) * 1e-3 for size in (r1, r1, (r1, r2), (r1, r2), (r1, r2))]
+        work = Work(layers, parts[0], parts[1], 1e-3 * float(draw.integers(0, 3)), *parts[2:])
+        for order in Order:
+            ends = [task.end for task in timeline(work, order)]
+            assert makespan(work, order) == pytest.approx(max(ends, default=0.0), rel=1e-9)
+
+
+def test_many_micro_batches_are_ordered_in_bounded_time() -> None:
+    asked, split = problem(length=64, samples=128, max_r1=64), Split(2, 6)
+    plan = scored(asked, split, Cut(1, 64, 1), Order.ASAS, "")
+    free = interleaved(asked, replace(plan, bound_s=plan.makespan_s / 2))
+    assert free.makespan_s <= plan.makespan_s
+    assert interleaved(asked, replace(plan, bound_s=plan.makespan_s)) == replace(plan, bound_s=plan.makespan_s)
 
 
 def test_sixty_four_layers_are_solved(record_property: object) -> None:

@@ -13,9 +13,11 @@ from benchmarks.epsmoe_model import (
     layer,
     link_ms,
     overhead,
+    pays,
     pipelined,
     product_ms,
     ratio_of,
+    stages,
     switched,
     threshold,
 )
@@ -56,3 +58,30 @@ def test_the_page_has_every_cell_with_its_verdict() -> None:
     assert all(f"| {cell.cell} |" in page for cell in cells) and len(cells) > 70
     assert {cell.verdict for cell in cells} == {"fitted", "reproduced", "short", "over"}
     assert f"m = {threshold()}" in page
+
+
+def test_stages_follow_the_root_rule_as_a_divisor() -> None:
+    """EPS-MoE: N* = sqrt(C / k_o); 20 local experts, as DeepSeek-V2 on 8 GPUs."""
+    for hidden, each in ((2.0, 0.08), (1.0, 0.0025), (1.0, 0.04), (0.5, 1.0)):
+        n = stages(hidden, hidden * 3, each, 20)
+        ideal = (hidden / each) ** 0.5
+        divisors = [1, 2, 4, 5, 10, 20]
+        below, above = (
+            max(d for d in divisors if d <= max(1, ideal)),
+            min((d for d in divisors if d >= ideal), default=20),
+        )
+        assert n in (below, above)
+    assert stages(2.0, 1.0, 0.04, 20) == stages(1.0, 2.0, 0.04, 20) == 5
+    assert stages(0.5, 1.0, 1.0, 20) == 1
+
+
+def test_stages_pay_only_where_neither_part_grows_much() -> None:
+    """Constant parts of either make cutting expensive for few tokens (the paper's threshold is m = 1700 on its machine)."""
+
+    def link(tokens: float) -> float:
+        return 0.5 + 1e-3 * tokens
+
+    def compute(tokens: float, experts: float) -> float:
+        return 0.01 + 1e-3 * tokens * experts / 8
+
+    assert not pays(link, compute, 100, 8, 2) and pays(link, compute, 4000, 8, 2)

@@ -308,6 +308,8 @@ CASES: list[tuple[str, str, int, str, Callable[[Kit], Any]]] = [
      lambda k: k.command("dep", "plan", "-m", str(calibrated(k)), "--gpus", "8")),
     ("E_OPTION", "more replicas than expert GPUs", 2, r"--replicas 4 on 2 expert GPUs of --ratio 6:2; ask",
      lambda k: k.command("dep", "plan", "-m", "A", "--ratio", "6:2", "--replicas", "4")),
+    ("E_OPTION", "spare places without loads", 2, r"--spare 2 without --skew; give 0 to 4096 places and loads",
+     lambda k: k.command("dep", "plan", "-m", "A", "--spare", "2")),
     ("E_OPTION", "splits that are none", 2, r"'1:0' is no split; write attention ranks, a colon, expert ranks",
      lambda k: k.command("dep", "calibrate", str(k.tmp / "m.json"), "--splits", "1:1,1:0")),
     ("E_PROFILE", "costs of another machine", 5, r"was measured on '2 x toy', this is '.*'; calibrate here",

@@ -14,13 +14,10 @@ from dep_extension.kernel_choice import (
     Point,
     Shape,
     Table,
-    degree,
     dense,
     grouped,
     measure,
     multiply,
-    pays,
-    stages,
     to_json,
 )
 from dep_extension.kernel_table import GROUP, here, shapes_of, table_for
@@ -88,36 +85,6 @@ def test_what_is_no_table_is_refused_in_one_line(tmp_path: Path, harm: object) -
     with pytest.raises(ValueError, match=r"is no table of kernels \(.*\): measure it again") as refused:
         Table.load(path)
     assert "\n" not in str(refused.value)
-
-
-def test_stages_follow_the_root_rule_as_a_divisor() -> None:
-    """EPS-MoE: N* = sqrt(C / k_o); 20 local experts, as DeepSeek-V2 on 8 GPUs."""
-    for hidden, overhead in ((2.0, 0.08), (1.0, 0.0025), (1.0, 0.04), (0.5, 1.0)):
-        n = stages(hidden, hidden * 3, overhead, 20)
-        ideal = (hidden / overhead) ** 0.5
-        divisors = [1, 2, 4, 5, 10, 20]
-        below, above = (
-            max(d for d in divisors if d <= max(1, ideal)),
-            min((d for d in divisors if d >= ideal), default=20),
-        )
-        assert n in (below, above)
-    assert stages(2.0, 1.0, 0.04, 20) == stages(1.0, 2.0, 0.04, 20) == 5
-    assert stages(0.5, 1.0, 1.0, 20) == 1
-
-
-def test_stages_pay_only_where_neither_part_grows_much() -> None:
-    """Constant parts of either make cutting expensive for few tokens (the paper's threshold is m = 1700 on its machine)."""
-
-    def link(tokens: float) -> float:
-        return 0.5 + 1e-3 * tokens
-
-    def compute(tokens: float, experts: float) -> float:
-        return 0.01 + 1e-3 * tokens * experts / 8
-
-    assert not pays(link, compute, 100, 8, 2) and pays(link, compute, 4000, 8, 2)
-    assert degree(link, compute, 100, 8, 1e-4) == 1  # many stages would be best, and none pays
-    assert degree(link, compute, 100_000, 8, 1e-4) == 8 and degree(link, compute, 100_000, 8, 10.0) == 4
-    assert degree(link, compute, 100_000, 8, 1e4) == 1
 
 
 @pytest.mark.parametrize("counts", [[3, 0, 5, 1], [0, 0, 0, 0], [300, 200, 100, 1]])

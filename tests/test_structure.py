@@ -34,7 +34,7 @@ FLOORS = {
     9: {"api", "doctor", "remote", "repl"},
     10: {"deppicture", "depsubject", "opening"},
     11: {
-        *("contender", "depcalibrate", "depsweep", "kernels", "learning", "matrix", "serving", "showing"),
+        *("contender", "depcalibrate", "depcopies", "depsweep", "kernels", "learning", "matrix", "serving", "showing"),
         *("simulating", "tracing"),
         "shelving",
     },
@@ -45,6 +45,7 @@ ROOF = {
     "cli",
     "dep",
     "depcalibrate",
+    "depcopies",
     "deppicture",
     "depsubject",
     "depsweep",

@@ -213,8 +213,11 @@ def test_rows_are_cut_into_chunks_that_together_are_all_of_them(seed: int) -> No
     found = cut(spans, at, ranks, r2, most)
     assert sorted(i for index in found.index_C for i in index.tolist()) == list(range(row))
     assert torch.equal(found.counts_ECL.sum(2).T, torch.tensor(found.to_CE))
-    owner = {i: at[expert] for expert, (a, b) in spans.items() for i in range(a, b)}
+    owner = {i: set(at[expert]) for expert, (a, b) in spans.items() for i in range(a, b)}
     for chunk, (index, to) in enumerate(zip(found.index_C, found.to_CE, strict=True)):
         for rank, rows in enumerate(index.split(to)):
             locals_ = arrived(found.counts_ECL[None, rank, chunk].reshape(1, -1))[:, 0].tolist()
-            assert [owner[i] for i in rows.tolist()] == [(rank, local) for local in locals_]
+            assert all((rank, local) in owner[i] for i, local in zip(rows.tolist(), locals_, strict=True))
+    for expert, (a, b) in spans.items():
+        each = [int(found.counts_ECL[rank, :, local].sum()) for rank, local in at[expert]]
+        assert max(each) - min(each) <= r2 and sum(each) == b - a, "evenly among those who hold it, chunk for chunk"
