@@ -39,6 +39,7 @@ from dep_extension.launch import Job as Launch
 from dep_extension.launch import dies_with, supervise
 
 BEAT_S, STALL_S = 0.1, 5.0
+SPREAD = ("detection_s", "stall_s", "longer_s", "rows_again")
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def generate(model: Any, ids_BS: torch.Tensor, new: int) -> list[list[int]]:
 def rank(folder: Path) -> int:
     """All generations of one rank; what it made and when is written to files."""
     from dep_extension.executor import AttentionSide, Course, ExpertSide, open_store
-    from dep_extension.recovery import attend, serve
+    from dep_extension.recovery import Company
     from dep_extension.walk import Itinerary
     from dep_extension.world import here, open_world
     from duoserve.config import EngineConfig
@@ -92,26 +93,33 @@ def rank(folder: Path) -> int:
     course = Course(job.ag, job.eg, tuple(opened.shares(job.eg, job.replicas)), itinerary)
     sequences, peers = job.samples * job.r1, job.ag + job.eg
     bounds = Bounds(beat=BEAT_S, stall=STALL_S, join=30, form=60)
-    side = (
-        AttentionSide(opened, device, place, course, sequences, peers)
-        if place.role is Role.ATTENTION
-        else ExpertSide(opened, device, place, course, peers)
-    )
     world = open_world(place, opened.dtype, bounds=bounds)
+    company = Company(world, course)
+    company.side = side = (
+        AttentionSide(opened, device, world.place, company.course, sequences, peers)
+        if place.role is Role.ATTENTION
+        else ExpertSide(opened, device, world.place, company.course, peers)
+    )
     note(folder, f"pid-{place.rank}", os.getpid())
     try:
         for number in range(job.generations):
-            world.gather((0,))
+            known = len(company.outages)
+            company.tell("ready")
             began = time.time()
             note(folder, f"began-{number}-{place.rank}", began)
             made: list[Any] = []
+            again = 0
             if isinstance(side, AttentionSide):
+                again = side.hub.rows_again
                 works = [partial(generate, side.model, ids_BS, job.new) for ids_BS in job.prompts(place.index)]
-                made, outages = attend(side, world, works)
+                made = company.attend(works)
+                again = side.hub.rows_again - again
             else:
-                outages = serve(side, world)
-            found = {"made": made, "began": began, "ended": time.time(), "outages": [one._asdict() for one in outages]}
+                company.serve()
+            outages = [one._asdict() for one in company.outages[known:]]
+            found = {"made": made, "began": began, "ended": time.time(), "outages": outages, "rows_again": again}
             note(folder, f"made-{number}-{place.rank}", found)
+        company.last_words("")
         world.close()
     except PeerLost as lost:
         note(folder, f"lost-{place.rank}", {"at": time.time(), "ranks": lost.ranks, "why": str(lost)})
@@ -201,7 +209,8 @@ def launched(job: Job, bound_s: float) -> Iterator[Launched]:
 
 
 class Kill(NamedTuple):
-    """One killed expert rank. Seconds; `wrong`: sequences unlike those of one process; `longer`: than undisturbed."""
+    """One killed expert rank. Seconds; `longer`: than undisturbed; `rows_again`: that attention ranks sent a second time in
+    the generation that met it; `wrong`: sequences unlike those of one process."""
 
     rank: int
     moment_s: float
@@ -209,6 +218,7 @@ class Kill(NamedTuple):
     stall_s: float
     longer_s: float
     taken_over: int
+    rows_again: int
     wrong: int
 
 
@@ -251,11 +261,12 @@ def _kill(run: Launched, event: Any, usual: float, want: list[Any]) -> Kill | No
     """A loss is met in the generation that runs when the kill comes: that of its number, or a later one where those after
     the first are quicker. None where it came when all was made."""
     number, killed, moment, at, survivors = event
-    outages, ended = [], []
+    outages, ended, again = [], [], 0
     for g in range(number, run.job.generations):
         found = [one for survivor in survivors if (one := run.read(f"made-{g}-{survivor}")) is not None]
         ended += [one["ended"] for one in found]
         outages += [one for each in found for one in each["outages"] if killed in one["ranks"]]
+        again += sum(one["rows_again"] for one in found if any(killed in each["ranks"] for each in one["outages"]))
     if not outages and at > max(ended):
         return None
     assert outages, f"rank {killed} was killed at {at}, nobody noticed, and all went on until {max(ended)}"
@@ -267,6 +278,7 @@ def _kill(run: Launched, event: Any, usual: float, want: list[Any]) -> Kill | No
         max(one["resumed"] for one in outages) - at,
         max(one["ended"] - one["began"] for one in made) - usual,
         sum(one["taken_over"] for one in outages),
+        again,
         sum(_wrong(one, want[a]) for a, one in enumerate(made)),
     )
 
@@ -298,7 +310,7 @@ def many_kills(job: Job, kills: int, seed: int, bound_s: float) -> dict[str, Any
         "failed": failed,
         "wrong_sequences": wrong,
         "sequences": launches * job.ag * job.generations * job.r1 * job.samples,
-        **{name: _spread([getattr(kill, name) for kill in found]) for name in ("detection_s", "stall_s", "longer_s")},
+        **{name: _spread([getattr(kill, name) for kill in found]) for name in SPREAD},
         "each": [kill._asdict() for kill in found],
     }
 

@@ -4,11 +4,13 @@ and counts; knows nothing of models, weights or how rows travel.
     sorted by expert     | 0 0 0 | 1 1 | 2 2 2 2 |        ranks hold (0, 1) and (2), r2 = 2
     chunk 0              | 0 0 . | 1 . | 2 2 . . |        -> rank 0: 0 0 1   rank 1: 2 2
     chunk 1              | . . 0 | . 1 | . . 2 2 |        -> rank 0: 0 1     rank 1: 2 2
+
+After a loss only what is not back is cut again: into the chunks that were, or anew where there are more or fewer now.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -33,6 +35,10 @@ def seats(shares: Shares, sender: int) -> dict[int, Seat]:
     return {expert: choices[sender % len(choices)] for expert, choices in held.items()}
 
 
+Pieces = list[dict[int, torch.Tensor]]
+"""Of each chunk, which of the sorted rows each expert gets."""
+
+
 class Cut(NamedTuple):
     """Which of the sorted rows go in each chunk, by expert rank and there by expert; how many to each expert rank; counts
     (expert ranks, chunks, local experts)."""
@@ -40,26 +46,61 @@ class Cut(NamedTuple):
     index_C: list[torch.Tensor]
     to_CE: list[list[int]]
     counts_ECL: torch.Tensor
+    pieces_C: Pieces
 
 
 def cut(spans: Mapping[int, tuple[int, int]], at: Mapping[int, Seat], ranks: int, r2: int, most: int) -> Cut:
     """`spans`: the sorted rows of each expert; each is cut into `r2` parts of as many rows, the last smaller. `most`: the
     local experts of the rank that has most."""
-    counts_ECL = torch.zeros(ranks, r2, most, dtype=torch.int64)
-    order = sorted(spans, key=lambda expert: at[expert])
+    return seated(_pieces({expert: torch.arange(*span) for expert, span in spans.items()}, r2), at, ranks, most)
+
+
+def cut_again(
+    former: Cut, missing: Collection[int], at: Mapping[int, Seat], ranks: int, r2: int, most: int
+) -> tuple[Cut, set[int]]:
+    """Only the rows of the chunks in `missing`, and the chunks that now have some. Into as many chunks as before each row
+    stays in its own, so that products are those they would have been."""
+    pieces_C = [piece if chunk in missing else {} for chunk, piece in enumerate(former.pieces_C)]
+    if r2 != len(pieces_C):
+        pieces_C = _pieces(_together(pieces_C), r2)
+    return seated(pieces_C, at, ranks, most), {chunk for chunk, piece in enumerate(pieces_C) if piece}
+
+
+def seated(pieces_C: Pieces, at: Mapping[int, Seat], ranks: int, most: int) -> Cut:
+    """Chunks as they go to those who hold their experts."""
+    counts_ECL = torch.zeros(ranks, len(pieces_C), most, dtype=torch.int64)
     index_C, to_CE = [], []
-    for chunk in range(r2):
+    for chunk, piece in enumerate(pieces_C):
         parts, to = [], [0] * ranks
-        for expert in order:
-            begin, end = _part(*spans[expert], chunk, r2)
-            if begin < end:
-                rank, local = at[expert]
-                parts.append(torch.arange(begin, end))
-                to[rank] += end - begin
-                counts_ECL[rank, chunk, local] = end - begin
+        for expert in sorted(piece, key=lambda expert: at[expert]):
+            rank, local = at[expert]
+            parts.append(piece[expert])
+            to[rank] += len(piece[expert])
+            counts_ECL[rank, chunk, local] = len(piece[expert])
         index_C.append(torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64))
         to_CE.append(to)
-    return Cut(index_C, to_CE, counts_ECL)
+    return Cut(index_C, to_CE, counts_ECL, pieces_C)
+
+
+def _pieces(rows: Mapping[int, torch.Tensor], r2: int) -> Pieces:
+    """Each expert's rows in `r2` parts, without those that are empty."""
+    cuts = {expert: [_part(0, len(index), chunk, r2) for chunk in range(r2)] for expert, index in rows.items()}
+    return [
+        {
+            expert: rows[expert][slice(*parts[chunk])]
+            for expert, parts in cuts.items()
+            if parts[chunk][0] < parts[chunk][1]
+        }
+        for chunk in range(r2)
+    ]
+
+
+def _together(pieces_C: Pieces) -> dict[int, torch.Tensor]:
+    found: dict[int, list[torch.Tensor]] = {}
+    for piece in pieces_C:
+        for expert, index in piece.items():
+            found.setdefault(expert, []).append(index)
+    return {expert: torch.cat(parts) for expert, parts in found.items()}
 
 
 def _part(start: int, stop: int, chunk: int, r2: int) -> tuple[int, int]:
