@@ -166,10 +166,11 @@ class Company:
     def _share_out(self, lost: Sequence[int]) -> tuple[int, float]:
         """The course of those who are left; how many experts this rank took over, and seconds of solving the plan again."""
         shares_L = tuple(shares_after(shares, lost) for shares in self.course.shares_L)
-        course, began = replace(self.course, eg=len(shares_L[0]), shares_L=shares_L), time.perf_counter()
+        course, began, seconds = replace(self.course, eg=len(shares_L[0]), shares_L=shares_L), time.perf_counter(), 0.0
         if self.replan is not None:
             course = replace(course, itinerary=self.replan(course))
-        return self._follow(course), time.perf_counter() - began
+            seconds = time.perf_counter() - began
+        return self._follow(course), seconds
 
     def _follow(self, course: Course) -> int:
         self.course, side = course, self.side

@@ -31,7 +31,7 @@ BOUND_S = 150.0
 @pytest.fixture
 def job(toy: Callable[..., Path], cache: Path) -> Callable[..., Job]:
     def make(family: str, ag: int, eg: int, replicas: int, generations: int) -> Job:
-        return Job(str(toy(family)), str(cache), ag, eg, replicas, 2, 2, 2, 12, generations)
+        return Job(str(toy(family)), str(cache), ag, eg, replicas, 2, 2, 2, 12, generations, True)
 
     return make
 
@@ -44,7 +44,7 @@ def check(found: dict[str, Any], kills: int) -> None:
 def test_a_killed_expert_rank_changes_no_token(job: Callable[..., Job]) -> None:
     found = many_kills(job("qwen3_moe", 1, 2, 1, 3), 1, seed=0, bound_s=BOUND_S)
     check(found, 1)
-    assert found["each"][0]["taken_over"] > 0
+    assert found["each"][0]["taken_over"] > 0 and found["each"][0]["solved_s"] > 0
 
 
 @pytest.mark.slow
