@@ -268,9 +268,11 @@ def _report(mine: Ranks) -> dict[str, Any]:
 
 
 def _losses(mine: Ranks) -> dict[str, Any]:
-    """What was walked behind each loss; `kept`: why not a plan that was solved again."""
-    walked = [{"lost": list(one.ranks), **one.cut, "solved_s": one.solved_s} for one in mine.company.outages]
-    return {"replanned": walked, "kept": mine.settled.again.why or None}
+    """What was walked behind each loss; `kept`: why the cut is kept then, instead of solved again."""
+    why = mine.settled.again.why
+    outages = [] if why else mine.company.outages
+    walked = [{"lost": list(one.ranks), **one.cut, "solved_s": one.solved_s} for one in outages]
+    return {"replanned": walked, "kept": why or None}
 
 
 def time_it(

@@ -89,7 +89,7 @@ class World:
         whole = self._vigil.lost() is None
         self._comm.close()
         self._vigil.stop(left=True)
-        if whole:
+        if whole and dist.is_initialized():
             dist.destroy_process_group()
         else:
             self._end_groups()
