@@ -7,8 +7,8 @@ process. Prints one JSON line.
 One launch starts all ranks and generates again and again, the same prompts each time. The first generation is undisturbed
 and says how long one takes, the last is as well; in each between them an expert rank is killed (kill -9, itself, not its
 launcher) at a random moment, until one is left; then ranks are launched anew. Detection: from the kill until the last
-survivor knows; stall: until the last survivor walks on, experts taken over. A launch that takes longer than --bound seconds
-hangs, and is counted so.
+survivor knows; stall: until the last survivor walks on, experts taken over and, with --solve, the plan solved again (by the
+costs of FinDEP's machine A). A launch that takes longer than --bound seconds hangs, and is counted so.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from dep_extension.launch import Job as Launch
 from dep_extension.launch import dies_with, supervise
 
 BEAT_S, STALL_S = 0.1, 5.0
+SPREAD = ("detection_s", "stall_s", "solved_s", "longer_s", "rows_again")
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,12 @@ class Job:
     samples: int
     new: int
     generations: int
+    solve: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """Made in a generation."""
+        return self.ag * self.r1 * self.samples * self.new
 
     def prompts(self, rank: int) -> list[torch.Tensor]:
         """Of an attention rank, ids (B, S) of each of its micro-batches."""
@@ -71,13 +78,29 @@ def generate(model: Any, ids_BS: torch.Tensor, new: int) -> list[list[int]]:
     return found
 
 
+def replan(job: Job) -> Any:
+    """How the plan is solved again; by a machine's costs that have nothing to do with this one's."""
+    from dep_extension import testbeds
+    from dep_extension.cost import Split
+    from dep_extension.recovery import solved_again
+    from dep_extension.solver import Problem, findep
+    from duoserve.depsubject import known_model
+
+    if not job.solve:
+        return None
+    problem = Problem(known_model(job.model, "A"), testbeds.named("A"), 512, job.ag * job.r1 * job.samples)
+    plan = findep(problem, Split(job.ag, job.eg))
+    assert plan is not None, "it fits"
+    return solved_again(problem, plan)
+
+
 # A rank
 
 
 def rank(folder: Path) -> int:
     """All generations of one rank; what it made and when is written to files."""
     from dep_extension.executor import AttentionSide, Course, ExpertSide, open_store
-    from dep_extension.recovery import attend, serve
+    from dep_extension.recovery import Company
     from dep_extension.walk import Itinerary
     from dep_extension.world import here, open_world
     from duoserve.config import EngineConfig
@@ -92,26 +115,33 @@ def rank(folder: Path) -> int:
     course = Course(job.ag, job.eg, tuple(opened.shares(job.eg, job.replicas)), itinerary)
     sequences, peers = job.samples * job.r1, job.ag + job.eg
     bounds = Bounds(beat=BEAT_S, stall=STALL_S, join=30, form=60)
-    side = (
-        AttentionSide(opened, device, place, course, sequences, peers)
-        if place.role is Role.ATTENTION
-        else ExpertSide(opened, device, place, course, peers)
-    )
     world = open_world(place, opened.dtype, bounds=bounds)
+    company = Company(world, course, replan(job))
+    company.side = side = (
+        AttentionSide(opened, device, world.place, company.course, sequences, peers)
+        if place.role is Role.ATTENTION
+        else ExpertSide(opened, device, world.place, company.course, peers)
+    )
     note(folder, f"pid-{place.rank}", os.getpid())
     try:
         for number in range(job.generations):
-            world.gather((0,))
+            known = len(company.outages)
+            company.tell("ready")
             began = time.time()
             note(folder, f"began-{number}-{place.rank}", began)
             made: list[Any] = []
+            again = 0
             if isinstance(side, AttentionSide):
+                again = side.hub.rows_again
                 works = [partial(generate, side.model, ids_BS, job.new) for ids_BS in job.prompts(place.index)]
-                made, outages = attend(side, world, works)
+                made = company.attend(works)
+                again = side.hub.rows_again - again
             else:
-                outages = serve(side, world)
-            found = {"made": made, "began": began, "ended": time.time(), "outages": [one._asdict() for one in outages]}
+                company.serve()
+            outages = [one._asdict() for one in company.outages[known:]]
+            found = {"made": made, "began": began, "ended": time.time(), "outages": outages, "rows_again": again}
             note(folder, f"made-{number}-{place.rank}", found)
+        company.last_words("")
         world.close()
     except PeerLost as lost:
         note(folder, f"lost-{place.rank}", {"at": time.time(), "ranks": lost.ranks, "why": str(lost)})
@@ -201,14 +231,18 @@ def launched(job: Job, bound_s: float) -> Iterator[Launched]:
 
 
 class Kill(NamedTuple):
-    """One killed expert rank. Seconds; `wrong`: sequences unlike those of one process; `longer`: than undisturbed."""
+    """One killed expert rank. Seconds; `solved`: of the stall, to solve the plan again; `longer`: than undisturbed;
+    `rows_again`: that attention ranks sent a second time in the generation that met it; `wrong`: sequences unlike those of
+    one process."""
 
     rank: int
     moment_s: float
     detection_s: float
     stall_s: float
+    solved_s: float
     longer_s: float
     taken_over: int
+    rows_again: int
     wrong: int
 
 
@@ -223,8 +257,18 @@ def reference(job: Job) -> list[Any]:
         engine.close()
 
 
-def some_kills(job: Job, rng: random.Random, want: list[Any], bound_s: float) -> tuple[list[Kill], Ended, int]:
-    """One launch: a kill in every generation but the first and the last; how it ended, and wrong sequences in all of it."""
+class Few(NamedTuple):
+    """What one launch came to; `wrong`: sequences in all of it; `seconds`: of its first generation and its last, neither of
+    them disturbed, by all expert ranks and by those that were left."""
+
+    kills: list[Kill]
+    ended: Ended
+    wrong: int
+    seconds: tuple[float, float] | None
+
+
+def some_kills(job: Job, rng: random.Random, want: list[Any], bound_s: float) -> Few:
+    """One launch: a kill in every generation but the first and the last."""
     with launched(job, bound_s) as run:
         attention = list(range(job.ag))
         alive = list(range(job.ag, job.ag + job.eg))
@@ -244,18 +288,21 @@ def some_kills(job: Job, rng: random.Random, want: list[Any], bound_s: float) ->
         met = [_kill(run, event, usual, want) for event in events] if ended.status == 0 else []
         kills = [kill for kill in met if kill is not None]
         made = [run.read(f"made-{number}-{a}") for number in range(job.generations) for a in attention]
-        return kills, ended, sum(_wrong(one, want[k % job.ag]) for k, one in enumerate(made))
+        wrong = sum(_wrong(one, want[k % job.ag]) for k, one in enumerate(made))
+        took = [one["ended"] - one["began"] for one in made if one is not None]
+        return Few(kills, ended, wrong, (usual, max(took[-job.ag :])) if ended.status == 0 else None)
 
 
 def _kill(run: Launched, event: Any, usual: float, want: list[Any]) -> Kill | None:
     """A loss is met in the generation that runs when the kill comes: that of its number, or a later one where those after
     the first are quicker. None where it came when all was made."""
     number, killed, moment, at, survivors = event
-    outages, ended = [], []
+    outages, ended, again = [], [], 0
     for g in range(number, run.job.generations):
         found = [one for survivor in survivors if (one := run.read(f"made-{g}-{survivor}")) is not None]
         ended += [one["ended"] for one in found]
         outages += [one for each in found for one in each["outages"] if killed in one["ranks"]]
+        again += sum(one["rows_again"] for one in found if any(killed in each["ranks"] for each in one["outages"]))
     if not outages and at > max(ended):
         return None
     assert outages, f"rank {killed} was killed at {at}, nobody noticed, and all went on until {max(ended)}"
@@ -265,8 +312,10 @@ def _kill(run: Launched, event: Any, usual: float, want: list[Any]) -> Kill | No
         moment,
         max(one["noticed"] for one in outages) - at,
         max(one["resumed"] for one in outages) - at,
+        max(one["solved_s"] for one in outages),
         max(one["ended"] - one["began"] for one in made) - usual,
         sum(one["taken_over"] for one in outages),
+        again,
         sum(_wrong(one, want[a]) for a, one in enumerate(made)),
     )
 
@@ -281,16 +330,18 @@ def many_kills(job: Job, kills: int, seed: int, bound_s: float) -> dict[str, Any
     """Launches until so many expert ranks were killed."""
     rng, want = random.Random(seed), reference(job)
     found: list[Kill] = []
+    seconds: list[tuple[float, float]] = []
     hangs = failed = wrong = launches = 0
     while len(found) < kills and launches < 2 * kills:
-        mine, ended, bad = some_kills(job, rng, want, bound_s)
-        found += mine
+        few = some_kills(job, rng, want, bound_s)
+        found += few.kills
+        seconds += [few.seconds] if few.seconds is not None else []
         launches += 1
-        hangs += ended.status is None
-        failed += ended.status not in (None, 0)
-        wrong += bad
-        if ended.status != 0:
-            print(ended.err, file=sys.stderr)
+        hangs += few.ended.status is None
+        failed += few.ended.status not in (None, 0)
+        wrong += few.wrong
+        if few.ended.status != 0:
+            print(few.ended.err, file=sys.stderr)
     return {
         "kills": len(found),
         "launches": launches,
@@ -298,7 +349,11 @@ def many_kills(job: Job, kills: int, seed: int, bound_s: float) -> dict[str, Any
         "failed": failed,
         "wrong_sequences": wrong,
         "sequences": launches * job.ag * job.generations * job.r1 * job.samples,
-        **{name: _spread([getattr(kill, name) for kill in found]) for name in ("detection_s", "stall_s", "longer_s")},
+        **{name: _spread([getattr(kill, name) for kill in found]) for name in SPREAD},
+        "tokens_per_s": {
+            name: job.tokens / statistics.median(each)
+            for name, each in zip(("all", "left"), zip(*seconds, strict=True), strict=False)
+        },
         "each": [kill._asdict() for kill in found],
     }
 
@@ -344,6 +399,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--bound", type=float, default=120.0, help="seconds after which a launch hangs")
+    parser.add_argument("--solve", action="store_true", help="solve the plan again after each loss")
     parser.add_argument("--scenes", action="store_true")
     parser.add_argument("--rank", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--launch", type=Path, help=argparse.SUPPRESS)
@@ -352,7 +408,9 @@ def main() -> None:
         sys.exit(rank(options.rank) if options.rank else launch(options.launch))
     ag, eg = options.attention_ranks, options.expert_ranks
     generations = 1 if options.scenes else min(eg - 1, options.kills) + 2  # the last shows who was killed too late
-    job = Job(options.model, options.cache, ag, eg, options.replicas, 2, 2, 2, options.new_tokens, generations)
+    job = Job(
+        options.model, options.cache, ag, eg, options.replicas, 2, 2, 2, options.new_tokens, generations, options.solve
+    )
     found: dict[str, Any] = {"benchmark": "dep_faults", "job": asdict(job), "beat_s": BEAT_S, "stall_bound_s": STALL_S}
     if options.scenes:
         found["scenes"] = scenes(job, options.bound)

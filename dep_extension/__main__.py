@@ -125,6 +125,9 @@ def bench(
     if as_json:
         print(json.dumps(found), flush=True)
         return
+    if found["seconds"] is None:
+        print("no run without a loss")
+        return
     print(f"{found['tokens_per_s']:.1f} tokens/s, {found['seconds']:.3f} s, exposed {found['exposed_s']:.3f} s")
 
 

@@ -16,7 +16,6 @@ import torch
 import transformers
 
 from dep_extension.executor import AttentionSide, ExpertSide, Opened
-from dep_extension.world import World
 from duoserve.answer import ends as ends_of
 from duoserve.answer import padding
 from duoserve.core import Refusal
@@ -166,9 +165,9 @@ class _Clock(transformers.StoppingCriteria):
         return (n - 1) / (self.times[n] - self.times[1]) if n > 1 else None
 
 
-def gathered(world: World, mine: dict[str, Any]) -> list[dict[str, Any]]:
+def gathered(tell: Callable[[str], list[str]], mine: dict[str, Any]) -> list[dict[str, Any]]:
     """What every rank says, in order of ranks; JSON, since objects would be pickled. All ranks call it at one place."""
-    return [json.loads(one) for one in world.tell(json.dumps(mine))]
+    return [json.loads(one) for one in tell(json.dumps(mine))]
 
 
 def report(side: AttentionSide | ExpertSide) -> dict[str, Any]:
@@ -178,6 +177,8 @@ def report(side: AttentionSide | ExpertSide) -> dict[str, Any]:
         return {
             "role": "attention",
             "passes": side.hub.steps,
+            "rows_sent": side.hub.rows_sent,
+            "rows_again": side.hub.rows_again,
             "ctx": side.plan.ctx,
             "planned_bytes": side.plan.planned_bytes,
             "budget_bytes": side.plan.budget_bytes,

@@ -6,7 +6,7 @@ Knows arrivals, rows and shared experts; knows nothing of processes, of plans (`
 
 Each micro-batch is one `generate` of transformers with keys and values of its own, all under one outer inference_mode: a
 thread, or a mode entered inside, would leak into the others. What it sent is kept until all of it is back, so that a walk
-that was cut short can be taken up where it was.
+that was cut short can be taken up where it was: chunks that are back stay, and the others are sent again.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import greenlet
 import torch
 
-from dep_extension.rows import Cut, Seats, Shares, cut, seats
+from dep_extension.rows import Cut, Seats, Shares, cut, cut_again, seats
 from dep_extension.shared import Shared
 from dep_extension.walk import Position, Sent
 from duoserve.core import Step
@@ -38,6 +38,7 @@ class MicroBatch:
         self.groups: Groups | None = None
         self.cut: Cut | None = None
         self.missing: set[int] = set()  # chunks that are not back
+        self.sent = False  # of this arrival, once already
         self.rows = 0
         self.result: Any = None
 
@@ -62,18 +63,19 @@ class Attention:
         self.shared = Shared()
         self.batches: list[MicroBatch] = []
         self.steps = 0
+        self.rows_sent = self.rows_again = 0  # to expert ranks; of those, a second time since a rank was lost
         self._running: MicroBatch | None = None
         self._hub = greenlet.getcurrent()
         self.share_out(shares_L, r2)
 
     def share_out(self, shares_L: Sequence[Shares], r2: int) -> None:
-        """Send by these shares and in so many chunks from now on; what is not wholly back is sent again."""
+        """Send by these shares and in so many chunks from now on: of what is under way, the chunks that are not back."""
         self._seats_L: list[Seats] = [seats(shares, self.sender) for shares in shares_L]
         self._ranks, self._r2 = len(shares_L[0]), r2
         self.most = max(len(held) for shares in shares_L for held in shares)
         for batch in self.batches:
-            if batch.arrival is not None:
-                self._cut(batch)
+            if batch.cut is not None and batch.arrival is not None:
+                self._cut_again(batch, batch.cut, batch.arrival.layer)
 
     def add(self, work: Callable[[], Any]) -> MicroBatch:
         """Before the walk begins, as many as the plan has."""
@@ -117,7 +119,13 @@ class Attention:
             return None
         assert mine.groups is not None and mine.cut is not None, here
         rows_C = [mine.groups.x_PD[index.to(mine.groups.x_PD.device)] for index in mine.cut.index_C]
+        self._count(mine, sum(map(len, rows_C)))
         return Sent(rows_C, mine.cut.to_CE, mine.cut.counts_ECL)
+
+    def _count(self, mine: MicroBatch, rows: int) -> None:
+        self.rows_sent += rows
+        self.rows_again += rows if mine.sent else 0
+        mine.sent = True
 
     def going(self, batch: int) -> bool:
         return not self.batches[batch].ended
@@ -172,10 +180,10 @@ class Attention:
         self.shared.arrived(number, arrival.layer)
         ids_TK = self.device.read(arrival.ids_TK)
         mine.groups = group(arrival.x_TD, ids_TK, self._experts_L[arrival.layer])
-        self._cut(mine)
-
-    def _cut(self, mine: MicroBatch) -> None:
-        assert mine.groups is not None and mine.arrival is not None
-        at = self._seats_L[mine.arrival.layer]
+        at = self._seats_L[arrival.layer]
         mine.cut = cut(mine.groups.spans, at, self._ranks, self._r2, self.most)
-        mine.missing = set(range(self._r2))
+        mine.missing, mine.sent = set(range(self._r2)), False
+
+    def _cut_again(self, mine: MicroBatch, former: Cut, layer: int) -> None:
+        at = self._seats_L[layer]
+        mine.cut, mine.missing = cut_again(former, mine.missing, at, self._ranks, self._r2, self.most)

@@ -89,6 +89,10 @@ class Handle(Protocol):
     def wait(self) -> Tensor:
         """The result; rows that were sent may be written again. Raises PeerLost."""
 
+    def ended(self) -> bool:
+        """Whether `wait` would wait no more, be it for a result or an error."""
+        ...
+
 
 class Comm(Protocol):
     """What a rank exchanges. Rows have the dtype that was named when it was opened."""
@@ -275,6 +279,9 @@ class Exchange:
         self._comm.settle(self)
         del self._sent, self._got
         return self.buffer
+
+    def ended(self) -> bool:
+        return self._work is None or self._work.is_completed()
 
     def _compare(self, told: _Told) -> None:
         self._comm.finish(told.work, True)

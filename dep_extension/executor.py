@@ -228,8 +228,8 @@ class ExpertSide:
 
     def walk(self, comm: Comm, start: Position = START, note: Note | None = None, worker: Worker | None = None) -> None:
         """Serve until every micro-batch of every attention rank has ended. `worker`: where experts compute; without one on a
-        thread beside this one, which issues, or on a GPU behind it."""
-        own = Beside() if worker is None and self.device.name == "cpu" else None
+        thread beside this one, which issues, on a GPU behind it, or where all ranks are one thread on that."""
+        own = Beside() if worker is None and self.device.name == "cpu" and comm.blocks else None
         empty_0D, most, itinerary = self.opened.empty(self.device), self.course.most, self.course.itinerary
         try:
             walk = ExpertWalk(comm, itinerary, self.rank.compute, empty_0D, most, worker or own or Inline(), note)

@@ -15,9 +15,10 @@ gone, is known because its number no longer rises. A rank that was left out find
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -123,7 +124,7 @@ class Vigil:
         with self._lock:
             return self._verdict()
 
-    def gone(self) -> Mapping[int, str]:
+    def gone(self) -> dict[int, str]:
         """Ranks that are lost for good, and why."""
         with self._lock:
             return {**self._silent, **self._log.dead}
@@ -144,7 +145,8 @@ class Vigil:
         if self._thread.is_alive():
             self._thread.join()
         if left and not self._cut_off:
-            note(self._store, f"left {self._me}")
+            with contextlib.suppress(RuntimeError):  # the store was the first rank's, and went with it
+                note(self._store, f"left {self._me}")
 
     def _run(self) -> None:
         while not self._stop.wait(self._bounds.beat) and not self._cut_off:
@@ -198,13 +200,14 @@ def agree(
 ) -> tuple[int, ...]:
     """Who of `members` is in this generation: the same answer to everybody, within the bound.
 
-    Whoever first sees that each has joined or is gone says so; after the bound, those who have not joined are left out.
+    Whoever first sees that each has joined, is gone or has left says so; after the bound, those who have not joined are
+    left out.
     Raises Fenced where that is this rank.
     """
     note(store, f"join {generation} {me}")
     deadline = time.monotonic() + bound_s
     while generation not in (log := read_log(store)).members:
-        lost = {*gone(), *log.dead}
+        lost = {*gone(), *log.dead, *log.left}
         here = log.joined[generation] - lost
         if here | lost >= set(members) or time.monotonic() > deadline:
             note(store, f"members {generation} {','.join(map(str, sorted(here)))}")

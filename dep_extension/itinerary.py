@@ -81,6 +81,14 @@ class Itinerary:
             raise ValueError(f"durations are of {have}, the plan of {layers}, {r1}, {r2}: solve it again")
         return cls(layers, r1, r2, found, tuple(_ops(_lasting(expected), found)))
 
+    @property
+    def name(self) -> str:
+        """Of the order, for people: one of FinDEP's two, or its turns."""
+        for order in Order:
+            if list(self.turns) == turns(order, self.r1):
+                return order.value
+        return " ".join(f"{what}{i}" for what, i in self.turns)
+
     @cached_property
     def digest(self) -> bytes:
         """sha256 over turns and exchanges: ranks that differ in it would wait for each other for ever."""

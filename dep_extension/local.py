@@ -105,6 +105,9 @@ class LocalHandle:
         self.settled(self)
         return self.buffer
 
+    def ended(self) -> bool:
+        return all(at in self._room.parcels for at in self._at)
+
 
 @dataclass
 class Side:

@@ -6,12 +6,14 @@ and counts; knows nothing of models, weights or how rows travel.
     chunk 1              | . . 0 | . 1 | . . 2 2 |        -> rank 0: 0 1     rank 1: 2 2
 
 Rows of an expert that several ranks hold are cut once more, evenly among these: a plan counts on that.
+After a loss only what is not back is cut again: into the chunks that were, or anew where there are more or fewer now.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import pairwise
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
@@ -45,6 +47,10 @@ def _turned(choices: list[Seat], by: int) -> list[Seat]:
     return choices[first:] + choices[:first]
 
 
+Pieces = list[dict[int, torch.Tensor]]
+"""Of each chunk, which of the sorted rows each expert gets."""
+
+
 class Cut(NamedTuple):
     """Which of the sorted rows go in each chunk, by expert rank and there by expert; how many to each expert rank; counts
     (expert ranks, chunks, local experts)."""
@@ -52,31 +58,69 @@ class Cut(NamedTuple):
     index_C: list[torch.Tensor]
     to_CE: list[list[int]]
     counts_ECL: torch.Tensor
+    pieces_C: Pieces
 
 
 def cut(spans: Mapping[int, tuple[int, int]], at: Seats, ranks: int, r2: int, most: int) -> Cut:
     """`spans`: the sorted rows of each expert; each is cut into `r2` parts of as many rows, the last smaller, and each of
     these evenly among those who hold the expert. `most`: the local experts of the rank that has most."""
-    counts_ECL = torch.zeros(ranks, r2, most, dtype=torch.int64)
+    return seated(_pieces({expert: torch.arange(*span) for expert, span in spans.items()}, r2), at, ranks, most)
+
+
+def cut_again(former: Cut, missing: Collection[int], at: Seats, ranks: int, r2: int, most: int) -> tuple[Cut, set[int]]:
+    """Only the rows of the chunks in `missing`, and the chunks that now have some. Into as many chunks as before each row
+    stays in its own, so that products are those they would have been."""
+    pieces_C = [piece if chunk in missing else {} for chunk, piece in enumerate(former.pieces_C)]
+    if r2 != len(pieces_C):
+        pieces_C = _pieces(_together(pieces_C), r2)
+    return seated(pieces_C, at, ranks, most), {chunk for chunk, piece in enumerate(pieces_C) if piece}
+
+
+def seated(pieces_C: Pieces, at: Seats, ranks: int, most: int) -> Cut:
+    """Chunks as they go to those who hold their experts."""
+    counts_ECL = torch.zeros(ranks, len(pieces_C), most, dtype=torch.int64)
     index_C, to_CE = [], []
-    for chunk in range(r2):
+    for chunk, piece in enumerate(pieces_C):
         parts, to = [], [0] * ranks
-        for (rank, local), begin, end in sorted(_dealt(spans, at, chunk, r2)):
-            parts.append(torch.arange(begin, end))
-            to[rank] += end - begin
-            counts_ECL[rank, chunk, local] = end - begin
+        for (rank, local), index in sorted(_dealt(piece, at), key=_seat):
+            parts.append(index)
+            to[rank] += len(index)
+            counts_ECL[rank, chunk, local] = len(index)
         index_C.append(torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64))
         to_CE.append(to)
-    return Cut(index_C, to_CE, counts_ECL)
+    return Cut(index_C, to_CE, counts_ECL, pieces_C)
 
 
-def _dealt(spans: Mapping[int, tuple[int, int]], at: Seats, chunk: int, r2: int) -> Iterator[tuple[Seat, int, int]]:
+def _pieces(rows: Mapping[int, torch.Tensor], r2: int) -> Pieces:
+    """Each expert's rows in `r2` parts, without those that are empty."""
+    cuts = {expert: [_part(0, len(index), chunk, r2) for chunk in range(r2)] for expert, index in rows.items()}
+    return [
+        {
+            expert: rows[expert][slice(*parts[chunk])]
+            for expert, parts in cuts.items()
+            if parts[chunk][0] < parts[chunk][1]
+        }
+        for chunk in range(r2)
+    ]
+
+
+def _together(pieces_C: Pieces) -> dict[int, torch.Tensor]:
+    found: dict[int, list[torch.Tensor]] = {}
+    for piece in pieces_C:
+        for expert, index in piece.items():
+            found.setdefault(expert, []).append(index)
+    return {expert: torch.cat(parts) for expert, parts in found.items()}
+
+
+def _dealt(piece: Mapping[int, torch.Tensor], at: Seats) -> Iterator[tuple[Seat, torch.Tensor]]:
     """Who gets which of a chunk's rows, nobody none."""
-    for expert, span in spans.items():
-        start, stop = _part(*span, chunk, r2)
+    for expert, index in piece.items():
         many = len(at[expert])
-        ends = [start + (stop - start) * number // many for number in range(many + 1)]
-        yield from ((seat, a, b) for seat, (a, b) in zip(at[expert], pairwise(ends), strict=True) if a < b)
+        ends = [len(index) * number // many for number in range(many + 1)]
+        yield from ((seat, index[a:b]) for seat, (a, b) in zip(at[expert], pairwise(ends), strict=True) if a < b)
+
+
+_seat = itemgetter(0)
 
 
 def _part(start: int, stop: int, chunk: int, r2: int) -> tuple[int, int]:

@@ -4,8 +4,9 @@ how the parts come together; knows nothing of command lines.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,11 +22,13 @@ from dep_extension.executor import AttentionSide, Course, ExpertSide, Opened, op
 from dep_extension.kernel_choice import Table
 from dep_extension.kernel_table import here as measured_here
 from dep_extension.placement import Placement, checked
-from dep_extension.recovery import attend, serve
+from dep_extension.problemfile import problem_to_json
+from dep_extension.recovery import Company, Replan, solved_again
 from dep_extension.schedule import Order, Turn
-from dep_extension.spans import Load, Span, Spans, times
+from dep_extension.solver import Plan, Problem
+from dep_extension.spans import Load, Span, Spans, Trial, medians, times
 from dep_extension.walk import Itinerary
-from dep_extension.world import World, here, open_world
+from dep_extension.world import here, open_world
 from duoserve.config import EngineConfig
 from duoserve.core import Refusal, nearest
 from duoserve.device import Device, open_device
@@ -49,7 +52,8 @@ class Cutting:
 
     def settled(self, world: int) -> Settled:
         """For `world` processes. Refused where the file and the options, or an option and what there is, differ."""
-        known = None if self.plan is None else planfile.load(self.plan)
+        saved = None if self.plan is None else planfile.read(self.plan)
+        known = None if saved is None else saved.plan
         ag, eg = known.split if known is not None else (None, None)
         ag, eg = (
             self._same("attention ranks", self.attention_ranks, ag),
@@ -66,7 +70,19 @@ class Cutting:
             order = known.order
         replicas = self.replicas or (known.replicas if known is not None else 1)
         held = known.held if known is not None and self.replicas is None else None
-        return Settled(ag, eg, r1, r2, order, replicas, None if known is None else known.name, held)
+        return Settled(ag, eg, r1, r2, order, replicas, None if known is None else known.name, self._again(saved), held)
+
+    def _again(self, saved: planfile.Saved | None) -> Again:
+        """What was asked for by name stays as it is."""
+        asked = {"--r1": self.r1, "--r2": self.r2, "--order": self.order, "--replicas": self.replicas}
+        named = [option for option, value in asked.items() if value is not None]
+        if saved is None:
+            return Again("there is no --plan FILE, whose costs it takes to solve it again")
+        if saved.problem is None:
+            return Again(f"{self.plan} has no costs: save it again with `duoserve dep plan --save`")
+        if named:
+            return Again(f"{', '.join(named)} was asked for")
+        return Again("", saved.problem, saved.plan)
 
     def _same(self, what: str, asked: int | None, planned: int | None) -> int | None:
         if asked is not None and planned is not None and asked != planned:
@@ -82,6 +98,36 @@ def _order(name: str) -> Order:
     return Order[name]
 
 
+class Again(NamedTuple):
+    """With what a plan is solved again where a rank is lost; else `why` the cut is kept then."""
+
+    why: str
+    problem: Problem | None = None
+    plan: Plan | None = None
+
+    def fitting(self, opened: Opened) -> Again:
+        """Costs of another model are none."""
+        if self.problem is None:
+            return self
+        experts = {layer.n_experts for layer in opened.store.layers}
+        costs, layers = self.problem.model, len(opened.store.layers)
+        if experts == {costs.experts} and layers == costs.layers:
+            return self
+        have = f"the model has {layers} of {'/'.join(map(str, sorted(experts)))}"
+        return Again(f"the plan's costs are of {costs.layers} layers of {costs.experts} experts, {have}")
+
+    def replan(self) -> Replan | None:
+        if self.problem is None or self.plan is None:
+            return None
+        return solved_again(self.problem, self.plan)
+
+    @property
+    def digest(self) -> str:
+        """Ranks whose files differ in it would go apart at a loss."""
+        said = None if self.problem is None or self.plan is None else problem_to_json(self.problem, self.plan.split)
+        return hashlib.sha256(json.dumps([said, self.plan and self.plan.samples]).encode()).hexdigest()
+
+
 class Settled(NamedTuple):
     """A plan that can be walked."""
 
@@ -92,6 +138,7 @@ class Settled(NamedTuple):
     order: Order | tuple[Turn, ...]
     replicas: int
     name: str | None
+    again: Again
     held: Placement | None = None  # as experts were placed by their loads
 
     def course(self, opened: Opened) -> Course:
@@ -103,7 +150,8 @@ class Settled(NamedTuple):
 
     def to_json(self) -> dict[str, Any]:
         order = self.order.value if isinstance(self.order, Order) else [list(turn) for turn in self.order]
-        return self._asdict() | {"order": order, "held": self.held is not None}
+        plain = {name: value for name, value in self._asdict().items() if name != "again"}
+        return plain | {"order": order, "held": self.held is not None}
 
 
 class Ranks(NamedTuple):
@@ -112,12 +160,12 @@ class Ranks(NamedTuple):
     opened: Opened
     settled: Settled
     place: Place
-    comm: World
+    company: Company
     side: AttentionSide | ExpertSide
 
 
 @contextmanager
-def agreed(world: World) -> Iterator[None]:
+def agreed(company: Company) -> Iterator[None]:
     """What one rank refuses in here all refuse, in the words of the first; all come here at the same place."""
     refusal = None
     try:
@@ -125,7 +173,7 @@ def agreed(world: World) -> Iterator[None]:
     except Refusal as why:
         refusal = why
     mine = {"why": None} if refusal is None else {"why": str(refusal), "status": refusal.status}
-    for one in gathered(world, mine):
+    for one in gathered(company.tell, mine):
         if one["why"] is not None:
             code, _, rest = one["why"].partition(": ")
             what, _, remedy = rest.rpartition("; ")
@@ -141,26 +189,43 @@ def ranks(
     place = here(settled.ag, settled.eg)
     use_threads(config.threads)
     opened = open_store(model, config)
-    device, comm = _device(config), None
+    settled = settled._replace(again=settled.again.fitting(opened))
+    device, world = _device(config), None
     try:
         course = settled.course(opened)
-        comm = open_world(place, opened.dtype, device.torch_device, interface)
-        peers = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        side: AttentionSide | ExpertSide
-        with agreed(comm):
-            if place.role is Role.ATTENTION:
-                side = AttentionSide(opened, device, place, course, sequences(place, settled.r1), peers)
-            else:
-                side = ExpertSide(opened, device, place, course, peers, _table(config, device))
-        yield Ranks(opened, settled, place, comm, side)
-        comm.close()
+        world = open_world(place, opened.dtype, device.torch_device, interface)
+        company = Company(world, course, settled.again.replan())
+        _same_costs(company, settled.again)
+        with agreed(company):
+            company.side = _side(opened, device, config, company, sequences(place, settled.r1))
+        assert company.side is not None
+        yield Ranks(opened, settled, place, company, company.side)
+        world.close()
     except PeerLost:
-        if comm is not None:
-            comm.abandon()
+        if world is not None:
+            world.abandon()
         raise
     finally:
         device.close()
         opened.store.close()
+
+
+def _same_costs(company: Company, again: Again) -> None:
+    """ValueError where ranks would solve the plan again from other costs, before a loss asks for it."""
+    said = {one["digest"] for one in gathered(company.tell, {"digest": again.digest})}
+    if len(said) > 1:
+        raise ValueError(
+            f"the plan files of {len(company.world.ranks)} ranks have {len(said)} costs: give all the same"
+        )
+
+
+def _side(
+    opened: Opened, device: Device, config: EngineConfig, company: Company, sequences: int
+) -> AttentionSide | ExpertSide:
+    place, peers = company.world.place, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if place.role is Role.ATTENTION:
+        return AttentionSide(opened, device, place, company.course, sequences, peers)
+    return ExpertSide(opened, device, place, company.course, peers, _table(config, device))
 
 
 def _device(config: EngineConfig) -> Device:
@@ -187,55 +252,60 @@ def answer(
     """Figures with the answers in order of prompts, on rank 0; None on the others."""
     many = len(asked.prompts)
     with ranks(model, config, cut, interface, lambda place, r1: -(-many // place.ag)) as mine:
-        todo = []
-        with agreed(mine.comm):
+        company, todo = mine.company, []
+        with agreed(company):
             if isinstance(mine.side, AttentionSide):
                 dealt = deal(many, mine.place.ag, mine.settled.r1)[mine.place.index]
                 todo = works(mine.side, Reader(mine.opened), asked, dealt)
         made: list[Answer] = []
         if isinstance(mine.side, AttentionSide):
-            batches, outages = attend(mine.side, mine.comm, todo)
-            made = [one for batch in batches for one in batch]
+            made = [one for batch in company.attend(todo) for one in batch]
         else:
-            outages = serve(mine.side, mine.comm)
-        losses = [one._asdict() for one in outages]
-        everybody = gathered(mine.comm, report(mine.side) | {"losses": losses, "answers": [list(one) for one in made]})
+            company.serve()
+        everybody = gathered(company.last_words, _report(mine) | {"answers": [list(one) for one in made]})
         if mine.place.rank != 0:
             return None
-        answers = sorted(Answer(*one) for rank in everybody for one in rank.pop("answers"))
-        return figures(mine.opened, mine.settled.to_json(), answers, everybody)
+        answers = sorted(Answer(*one) for rank in everybody for one in rank.pop("answers", ()))
+        return figures(mine.opened, mine.settled.to_json(), answers, everybody) | _losses(mine)
+
+
+def _report(mine: Ranks) -> dict[str, Any]:
+    return report(mine.side) | {"losses": [one._asdict() for one in mine.company.outages]}
+
+
+def _losses(mine: Ranks) -> dict[str, Any]:
+    """What was walked behind each loss; `kept`: why the cut is kept then, instead of solved again."""
+    why = mine.settled.again.why
+    outages = [] if why else mine.company.outages
+    walked = [{"lost": list(one.ranks), **one.cut, "solved_s": one.solved_s} for one in outages]
+    return {"replanned": walked, "kept": why or None}
 
 
 def time_it(
     model: str | None, config: EngineConfig, cut: Cutting, interface: str | None, load: Load, trials: int
 ) -> dict[str, Any] | None:
-    """Medians over `trials` runs of random prompts, on rank 0; None on the others."""
+    """Medians over `trials` runs of random prompts, on rank 0; None on the others. A run in which a rank was lost is told
+    and not counted, nor are runs of fewer ranks where there are some of all."""
     with ranks(model, config, cut, interface, lambda place, r1: -(-load.samples // place.ag)) as mine:
-        runs = []
-        for trial in range(trials + 1):
-            spans = Spans()
-            if isinstance(mine.side, AttentionSide):
-                mine.side.run(mine.comm, _random(mine.side, load, mine), spans)
-            else:
-                mine.side.walk(mine.comm, note=spans)
-            everybody = gathered(mine.comm, {"spans": [list(span) for span in spans.found]})
-            if trial:
-                runs.append(times([[Span(*span) for span in rank["spans"]] for rank in everybody]))
-        reports = gathered(mine.comm, report(mine.side))
+        runs = [_trial(mine, load) for _ in range(trials + 1)][1:]
+        reports = gathered(mine.company.last_words, _report(mine))
         if mine.place.rank != 0:
             return None
-        seconds = statistics.median(run.seconds for run in runs)
-        return {
-            "tokens_per_s": load.tokens / seconds,
-            "seconds": seconds,
-            "exposed_s": statistics.median(run.exposed_s for run in runs),
-            "busy_s": [statistics.median(each) for each in zip(*(run.busy_s for run in runs), strict=True)],
-            "runs_s": [run.seconds for run in runs],
-            **load._asdict(),
-            "threads": torch.get_num_threads(),
-            "plan": mine.settled.to_json(),
-            "ranks": reports,
-        }
+        summed = {**load._asdict(), "threads": torch.get_num_threads(), "plan": mine.settled.to_json()}
+        return medians(runs, load.tokens) | summed | {"ranks": reports} | _losses(mine)
+
+
+def _trial(mine: Ranks, load: Load) -> Trial:
+    """One run, as all ranks saw it that are left."""
+    spans, company = Spans(), mine.company
+    before = len(company.outages)
+    if isinstance(mine.side, AttentionSide):
+        company.attend(_random(mine.side, load, mine), spans)
+    else:
+        company.serve(spans)
+    everybody = gathered(company.tell, {"spans": [list(span) for span in spans.found]})
+    lost = tuple(rank for one in company.outages[before:] for rank in one.ranks)
+    return Trial(times([[Span(*span) for span in rank["spans"]] for rank in everybody]), len(everybody), lost)
 
 
 def _random(side: AttentionSide, load: Load, mine: Ranks) -> list[Callable[[], Any]]:

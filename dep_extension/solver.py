@@ -244,6 +244,16 @@ def scored(problem: Problem, split: Split, cut: Cut, order: Order | Sequence[Tur
     )
 
 
+def recut(problem: Problem, split: Split, samples: int, r1: int) -> Plan:
+    """The best chunks and order for micro-batches that are there already, `r1` of `samples` on each attention GPU: whether
+    they have room is not asked any more."""
+    found = list(_candidates(problem, split, (samples, r1)))
+    if problem.skew is not None or problem.machine.both_ways > 1:
+        found = [other for one in found for other in _other_r2(problem, split, one)]
+    best = max(found, key=lambda candidate: _simulated(problem, split, candidate))
+    return scored(problem, split, best.cut, best.order, "FinDEP")
+
+
 def naive(problem: Problem, split: Split) -> Plan | None:
     """Everything one after the other: one micro-batch, one chunk. None where the model does not fit."""
     return naive_of([(problem, split)])
@@ -386,5 +396,5 @@ def _orphans(before: Held, after: Held, lost: set[int]) -> int:
 __all__ = [
     "MAX_R2", "AfterLoss", "Cut", "Plan", "Problem", "Room", "aass_s", "after_loss", "as_planned", "asas_s", "best_r2",
     "best_split", "findep", "findep_of", "interleaved", "mean_makespan", "naive", "naive_of", "pppipe", "pppipe_of",
-    "printed_s", "scored", "survived", "work_of", "works_of",
+    "printed_s", "recut", "scored", "survived", "work_of", "works_of",
 ]  # fmt: skip

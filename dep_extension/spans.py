@@ -8,8 +8,9 @@ models.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 WORK = ("attention", "shared", "expert")
 
@@ -59,6 +60,34 @@ def times(spans: Sequence[Sequence[Span]]) -> Times:
     began, ended = min(span.began for span in both), max(span.ended for span in both)
     busy = [sum(span.ended - span.began for span in one) for one in work]
     return Times(ended - began, ended - began - _covered(both), busy)
+
+
+class Trial(NamedTuple):
+    """One run of a bench: by how many ranks it ended, and those (by their numbers at launch) that were lost in it."""
+
+    times: Times
+    ranks: int
+    lost: tuple[int, ...]
+
+
+def medians(trials: Sequence[Trial], tokens: int) -> dict[str, Any]:
+    """Over the runs that lost nobody, of those the ones with the most ranks; null where there is none."""
+    whole = [trial for trial in trials if not trial.lost]
+    most = max((trial.ranks for trial in whole), default=0)
+    runs = [trial.times for trial in whole if trial.ranks == most]
+    seconds = statistics.median(run.seconds for run in runs) if runs else None
+    return {
+        "tokens_per_s": seconds and tokens / seconds,
+        "seconds": seconds,
+        "exposed_s": statistics.median(run.exposed_s for run in runs) if runs else None,
+        "busy_s": [statistics.median(each) for each in zip(*(run.busy_s for run in runs), strict=True)],
+        "runs_s": [run.seconds for run in runs],
+        "trials": [
+            {"seconds": trial.times.seconds, "ranks": trial.ranks, "lost": list(trial.lost),
+             "counted": not trial.lost and trial.ranks == most}
+            for trial in trials
+        ],
+    }  # fmt: skip
 
 
 def _covered(spans: Iterable[Span]) -> float:

@@ -12,6 +12,7 @@ rank says which of its micro-batches still go; the expert ranks answer (the verd
 
 from __future__ import annotations
 
+import contextlib
 import struct
 import time
 from abc import ABC, abstractmethod
@@ -21,7 +22,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from dep_extension.comm import Comm, Handle
+from dep_extension.comm import Comm, Handle, PeerLost
 from dep_extension.itinerary import START, Itinerary, Op, Position, Way
 from dep_extension.schedule import Turn
 
@@ -160,9 +161,16 @@ class AttentionWalk(_Walk):
         self._turns: deque[tuple[int, Turn]] = deque()
         self._sent: dict[int, Sent | None] = {}
         self._posted: dict[int, list[Handle]] = {}  # by micro-batch: what only has to be over
-        self._backs: dict[int, list[Handle]] = {}  # and what comes back, by chunk
+        self._backs: dict[int, dict[int, Handle]] = {}  # and what comes back, by chunk
         self._verdict: Handle | None = None
         self._mine = True  # whether a micro-batch of this rank still goes
+
+    def run(self, start: Position = START) -> None:
+        try:
+            super().run(start)
+        except PeerLost:
+            self._keep()
+            raise
 
     def _agree(self) -> None:
         eg = self._comm.place.eg
@@ -200,7 +208,7 @@ class AttentionWalk(_Walk):
         else:
             sent = self._sent[op.batch]
             of = self._none if sent is None else sent.to_CE[op.chunk]
-            self._backs[op.batch].append(self._comm.combine(None, self._none, of, self._width))
+            self._backs[op.batch][op.chunk] = self._comm.combine(None, self._none, of, self._width)
 
     def _attend(self, op: Op, here: Position) -> None:
         """The turns up to this micro-batch's attention; then say what will be sent."""
@@ -217,20 +225,30 @@ class AttentionWalk(_Walk):
             message_EW[:, HEADER:] = sent.counts_ECL.flatten(1)
         self._sent[op.batch] = sent
         self._posted[op.batch] = [self._comm.counts(message_EW, self._message)]
-        self._backs[op.batch] = []
+        self._backs[op.batch] = {}
 
     def _share(self, layer: int, batch: int) -> None:
         self._timed("shared", Op(Way.OUT, layer, batch, -1), lambda: self._side.share(batch))
 
     def _collect(self, batch: int) -> None:
         """Wait for what is under way of a micro-batch, and hand its rows back."""
-        sent = self._sent.get(batch)
         for handle in self._posted.pop(batch, ()):
             handle.wait()
-        for chunk, handle in enumerate(self._backs.pop(batch, ())):
-            rows_PD = handle.wait()
-            if sent is not None:
-                self._side.returned(batch, chunk, rows_PD)
+        for chunk in sorted(self._backs.get(batch, ())):
+            self._take(batch, chunk)
+
+    def _take(self, batch: int, chunk: int) -> None:
+        rows_PD = self._backs[batch][chunk].wait()
+        del self._backs[batch][chunk]
+        if self._sent[batch] is not None:
+            self._side.returned(batch, chunk, rows_PD)
+
+    def _keep(self) -> None:
+        """Somebody is lost: what came back before stays, and need not be sent again."""
+        for batch, handles in self._backs.items():
+            for chunk in [chunk for chunk, handle in handles.items() if handle.ended()]:
+                with contextlib.suppress(PeerLost):  # it ended because somebody is lost
+                    self._take(batch, chunk)
 
     def _settle_verdict(self) -> None:
         if self._verdict is not None:

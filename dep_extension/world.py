@@ -11,6 +11,7 @@ import ctypes
 import ipaddress
 import os
 import socket
+import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import NamedTuple
@@ -20,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dep_extension.comm import GroupComm, Handle, PeerLost, Place
-from dep_extension.faults import Bounds, Store, Vigil, agree, name_of, read_log
+from dep_extension.faults import NAP, Bounds, Store, Vigil, agree, name_of, read_log
 
 LOOPBACK = "lo0" if os.uname().sysname == "Darwin" else "lo"
 
@@ -35,7 +36,8 @@ class Loss(NamedTuple):
 class World:
     """A Comm over processes, and over what is left of them after a loss: then `place` and `generation` are new.
 
-    `ranks`: the launch rank of each rank of the union world. Losses are named by launch ranks always.
+    `ranks`: the launch rank of each rank of the union world. Losses are named by launch ranks always. `absent`: those who
+    were lost before there was a world.
     """
 
     blocks = True
@@ -43,16 +45,16 @@ class World:
     def __init__(
         self, store: Store, place: Place, dtype: torch.dtype, device: torch.device, bounds: Bounds, poison: bool
     ):
-        self.place, self.generation = place, 0
+        self.place, self.generation = place, -1
         self.ranks = tuple(range(place.ag + place.eg))
         self._me, self._launched = place.rank, place
         self._store, self._dtype, self._device, self._bounds, self._poison = store, dtype, device, bounds, poison
         self._vigil = Vigil(store.clone(), self._me, self.name, bounds)
         try:
-            self._comm = self._form()
-        except RuntimeError as error:
+            self.absent = self.reform()
+        except PeerLost:
             self._vigil.stop(left=False)
-            raise self._absent(error) from error
+            raise
 
     def counts(self, sent_EW: Tensor | None, width: int) -> Handle:
         return self._comm.counts(sent_EW, width)
@@ -84,17 +86,35 @@ class World:
 
     def close(self) -> None:
         """Leave on good terms: everything that was issued has been waited for."""
+        whole = self._vigil.lost() is None
         self._comm.close()
         self._vigil.stop(left=True)
-        dist.destroy_process_group()
+        if whole and dist.is_initialized():
+            dist.destroy_process_group()
+        else:
+            self._end_groups()
 
     def abandon(self) -> None:
         """Leave because another is lost: without waiting for anything."""
         self._vigil.stop(left=False)
         self._end_groups()
 
+    def see_off(self, rank: int) -> None:
+        """Wait until this launch rank has left. Raises PeerLost where somebody is lost before."""
+        while not self.has_left(rank):
+            if (gone := self._vigil.lost()) is not None and not self.has_left(rank):
+                raise gone
+            time.sleep(NAP)
+
+    def has_left(self, rank: int) -> bool:
+        """On good terms; or the store went with it."""
+        try:
+            return rank in read_log(self._store).left
+        except RuntimeError:
+            return True
+
     def reform(self) -> Loss:
-        """After PeerLost: agree with the other survivors on who is left, and form the next generation with them.
+        """After PeerLost, and at first: agree with the others on who is there, and form the next generation with them.
 
         Exchanges that were under way are void. Raises PeerLost where an attention rank is lost (its keys and values are
         gone) or no expert rank is left, Fenced where the others took this one for lost. Bounded: `join` + `form` seconds
@@ -117,17 +137,22 @@ class World:
     def _regroup(self) -> None:
         """The survivors, in their former order, are the ranks of the next generation."""
         generation, members = self.generation + 1, self.ranks
-        self.ranks = agree(self._store, generation, members, self._me, self._vigil.gone, self._bounds.join)
+        bound = self._bounds.join if generation else self._bounds.form
+        self.ranks = agree(self._store, generation, members, self._me, self._vigil.gone, bound)
         self.generation = generation
         lost = [rank for rank in members if rank not in self.ranks]
         ag = sum(rank < self._launched.ag for rank in self.ranks)
         if ag < self.place.ag or ag == len(self.ranks):
-            whose = "its keys and values are gone" if ag < self.place.ag else "no expert rank is left"
-            raise PeerLost(lost, f"{self._why(lost)}: {whose}")
+            raise PeerLost(lost, f"{self._why(lost)}: {self._whose(ag)}")
         self.place = Place.of(self.ranks.index(self._me), ag, len(self.ranks) - ag)
 
+    def _whose(self, ag: int) -> str:
+        if ag == self.place.ag:
+            return "no expert rank is left"
+        return "its keys and values are gone" if self.generation else "nobody else attends to its prompts"
+
     def _why(self, lost: Sequence[int]) -> str:
-        known = self._vigil.gone()
+        known = self._vigil.gone() | read_log(self._store).dead
         return "; ".join(f"{self.name(rank)} {known.get(rank, 'did not join the others')}" for rank in lost)
 
     def _form(self) -> GroupComm:

@@ -102,12 +102,12 @@ def plan(
     if found is None:
         raise _no_room(problem, gpus, split, replicas, spare)
     if save is not None:
-        write_plan(found.plan, save, problem.model.name, problem.machine.name)
+        write_plan(found.plan, save, problem.model.name, problem.machine.name, problem)
     if png is not None or perfetto is not None:
         _pictures(problem, found.plan, png, perfetto)
     if as_json:
         beside = {"beside": _beside(problem, found) | {"machine": owner}}
-        print(json.dumps(to_json(found.plan, problem.model.name, problem.machine.name) | beside))
+        print(json.dumps(to_json(found.plan, problem.model.name, problem.machine.name, problem) | beside))
         return
     for what, says in table(problem, found, owner):
         print(f"{what:18s}{says}".rstrip())

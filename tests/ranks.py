@@ -1,12 +1,14 @@
 """One rank of a made-up run, for tests that end ranks: round after round rows go out and come back, and each carries the
 generation it was sent in.
 
-    AG, EG, STALL in the environment; arguments: a folder for its process id, rounds, "recover" or "stop"
+    AG, EG, STALL in the environment, and NEVER: the rank that is killed before it comes; arguments: a folder for its process
+    id, rounds, "recover" or "stop"
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -41,6 +43,8 @@ def exchange(world: World, number: int) -> None:
 def main(folder: str, rounds: str, manner: str) -> int:
     torch.set_num_threads(1)
     place = here(int(os.environ["AG"]), int(os.environ["EG"]))
+    if os.environ.get("NEVER") == str(place.rank):
+        os.kill(os.getpid(), signal.SIGKILL)
     bounds = Bounds(beat=0.1, stall=float(os.environ["STALL"]), join=30, form=30)
     world = open_world(place, torch.float32, bounds=bounds, poison=True)
     note = Path(folder) / f"rank-{place.rank}"

@@ -48,6 +48,7 @@ def test_a_plan_is_printed_saved_drawn_and_read_back(say: Any, tmp_path: Path) -
     saved = planfile.read(files[0])
     plan = saved.plan
     assert saved.model == "deepseek-v2, 8 layers" and saved.machine == "A: 8 x RTX A6000"
+    assert saved.problem is not None and saved.problem.model.name == saved.model, "a loss can be planned for"
     direct = findep(Problem(testbeds.model("deepseek-v2", "A"), testbeds.named("A"), 2048, 24, 4), Split(3, 5))
     assert direct is not None and plan.tokens_per_s >= direct.tokens_per_s and plan.split == Split(3, 5)
     for word in ("no measurement", "published", f"r1 {plan.r1} micro-batches", f"{plan.tokens_per_s:,.0f} tokens/s",

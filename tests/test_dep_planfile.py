@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 
-from dep_extension.cost import Split
+from dep_extension.cost import Line, Machine, Model, Split
+from dep_extension.imbalance import zipf
 from dep_extension.planfile import MAX_BYTES, load, read, save, to_json
+from dep_extension.problemfile import problem_to_json
 from dep_extension.schedule import every_order
-from dep_extension.solver import Plan
+from dep_extension.solver import Plan, Problem, findep, recut
 
 ORDER = (("A", 0), ("A", 1), ("S", 0), ("S", 1))
 PLAN = Plan("FinDEP", Split(3, 5), 2, 2, 4, 77, ORDER, 0.5, 0.25, 0.125, 1e4, replicas=2)
@@ -33,7 +35,7 @@ def test_a_plan_comes_back_as_it_was(tmp_path: Path) -> None:
         )  # fmt: skip
         save(plan, tmp_path / "plan.json", model="a model", machine="a machine")
         assert load(tmp_path / "plan.json") == plan
-        assert read(tmp_path / "plan.json")[1:] == ("a model", "a machine")
+        assert read(tmp_path / "plan.json")[1:] == ("a model", "a machine", None)
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"], "nothing is left beside it"
 
 
@@ -43,14 +45,86 @@ def test_what_cannot_be_written_as_numbers_is_not(tmp_path: Path) -> None:
     assert not (tmp_path / "plan.json").exists()
 
 
+def problem(loads: bool) -> Problem:
+    line = Line(1e-4, 3e-10)
+    links = {Split(3, 5): line, Split(2, 6): Line(2e-4, 5e-10), Split(3, 2): Line(1e-4, 7e-10)}
+    machine = Machine("some", 8, 48e9, Line(2e-4, 9e-14), Line(2e-4, 2e-14), links, 1e-5, 1.1, "measured", line)
+    model = Model("some", 4, 2048, 1024, 16, 4, 1, 16, 128, 128, kv_elements=512)
+    return Problem(model, machine, 512, 24, max_r1=4, skew=zipf(16, 0.8, 4166) if loads else None)
+
+
+@pytest.mark.parametrize("loads", [False, True])
+def test_what_a_plan_was_solved_for_comes_back_and_is_solved_alike_for_whatever_a_loss_leaves(
+    tmp_path: Path, loads: bool
+) -> None:
+    asked, split = problem(loads), Split(3, 5)
+    plan = findep(asked, split)
+    assert plan is not None
+    save(plan, tmp_path / "plan.json", "a model", "a machine", asked)
+    found = read(tmp_path / "plan.json").problem
+    assert found is not None and found.model == asked.model
+    assert (found.length, found.samples, found.max_r1, found.max_r2) == (512, 24, 4, asked.max_r2)
+    for eg in range(1, 6):
+        at = Split(3, eg)
+        assert found.machine.link(at) == asked.machine.link(at), "links between fitted ones are there by themselves"
+        if not loads:
+            assert recut(found, at, plan.samples, plan.r1) == recut(asked, at, plan.samples, plan.r1)
+    if loads:
+        assert found.skew is not None and len(found.skew.loads_CE) == 4096, "as many as a file may have"
+
+
+def test_files_of_the_first_version_are_read_and_have_no_costs(tmp_path: Path) -> None:
+    data = to_json(PLAN, "m", "m") | {"version": 1}
+    del data["problem"]
+    (tmp_path / "plan.json").write_text(json.dumps(data))
+    assert read(tmp_path / "plan.json") == (PLAN, "m", "m", None)
+
+
+def harmed(*at: str | int, to: Any) -> Callable[[dict[str, Any]], Any]:
+    """A change within a problem."""
+
+    def harm(data: dict[str, Any]) -> Any:
+        inner = data["problem"] = problem_to_json(problem(True), Split(3, 5))
+        for name in at[:-1]:
+            inner = inner[name]  # type: ignore[index]
+        inner[at[-1]] = to  # type: ignore[index]
+        return data
+
+    return harm
+
+
 def changed(**plan: Any) -> Callable[[dict[str, Any]], Any]:
     return lambda data: data | {"plan": data["plan"] | plan}
 
 
 HARMED: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (lambda data: [], "has 'list', not"),
-    (lambda data: data | {"kind": "duoserve-run"}, "is 'duoserve-run' version 1, not duoserve-dep-plan 1"),
-    (lambda data: data | {"version": 2}, "version 2"),
+    (lambda data: data | {"kind": "duoserve-run"}, "is 'duoserve-run' version 2, not duoserve-dep-plan 1 to 2"),
+    (lambda data: data | {"version": 3}, "version 3"),
+    (lambda data: data | {"version": 1}, "has .*'problem'"),
+    (lambda data: {k: v for k, v in data.items() if k != "problem"}, "has no problem, as version 2 has"),
+    (lambda data: data | {"problem": []}, "has 'list', not .*'max_r1'"),
+    (harmed("aside", to=1), "has .*'aside'"),
+    (harmed("length", to=0), "length 0 is no whole number from 1"),
+    (harmed("samples", to=-1), "samples -1 is no whole number"),
+    (harmed("max_r2", to=1 << 13), "max_r2 8192 is no whole number from 1 to 4,096"),
+    (harmed("model", to=None), "has 'NoneType', not .*'kv_elements'"),
+    (harmed("model", "experts", to=15), "loads are of 16 experts, some has 15"),
+    (harmed("model", "experts", to=1.5), "experts 1.5 is no whole number"),
+    (harmed("model", "kv_elements", to=0), "kv_elements 0 is no whole number"),
+    (harmed("machine", "gemm", to=[1]), r"gemm is \[1\], not 2 values"),
+    (harmed("machine", "gemm", to=[1, -1]), "gemm -1 is not between"),
+    (harmed("machine", "overlap", to=0.5), "overlap of machine 'some' is 0.5"),
+    (harmed("machine", "gpus", to=1), "1 GPUs and 5 links"),
+    (harmed("machine", "links", to=[]), r"links is \[\], not 1 to"),
+    (harmed("machine", "links", 0, to=[1, 2, 3]), "a link is .* not 4 values"),
+    (harmed("machine", "links", 0, to=[0, 2, 3, 4]), "ag 0 is no whole number"),
+    (harmed("loads", to=[]), r"loads is \[\], not 1 to"),
+    (harmed("loads", 0, to=[0, 0.0]), "give as many in each"),
+    (harmed("loads", 0, to=[0] * 17), "give finite ones, some above 0"),
+    (harmed("loads", 0, 0, to=0.0), "a chunk's layer 0.0 is no whole number"),
+    (harmed("loads", 0, 0, to=2), "without gaps"),
+    (harmed("loads", 0, 1, to="1"), "a load '1' is not between"),
     (lambda data: data | {"version": True}, "version True"),
     (lambda data: data | {"more": 1}, "has .*'more'"),
     (lambda data: {k: v for k, v in data.items() if k != "model"}, "has .*not"),

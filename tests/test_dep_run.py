@@ -6,7 +6,9 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,13 +16,15 @@ import duoserve
 from dep_extension.__main__ import _guarded
 from dep_extension.answering import deal
 from dep_extension.comm import PeerLost
-from dep_extension.cost import Split
+from dep_extension.cost import Line, Machine, Model, Split
+from dep_extension.executor import open_store
 from dep_extension.faults import LEFT
 from dep_extension.planfile import save
 from dep_extension.running import Cutting
 from dep_extension.schedule import Order
-from dep_extension.solver import Plan
-from dep_extension.spans import Span, times
+from dep_extension.solver import Plan, Problem
+from dep_extension.spans import Span, Times, Trial, medians, times
+from duoserve.config import EngineConfig
 from duoserve.core import Refusal
 
 ROOT = Path(__file__).parent.parent
@@ -92,9 +96,23 @@ def test_exposed_is_when_nobody_works() -> None:
     assert found.seconds == 6.0 and found.exposed_s == 2.0 and found.busy_s == [3.0, 1.0]
 
 
-def saved_plan(folder: Path) -> Path:
+def test_runs_that_lost_a_rank_or_have_fewer_ranks_are_told_and_not_counted() -> None:
+    def trial(seconds: float, ranks: int, *lost: int) -> Trial:
+        return Trial(Times(seconds, seconds / 4, [seconds / 2] * ranks), ranks, lost)
+
+    found = medians([trial(1.0, 3), trial(9.0, 2, 2), trial(4.0, 2), trial(3.0, 3)], tokens=8)
+    assert [one["counted"] for one in found["trials"]] == [True, False, False, True]
+    assert [one["lost"] for one in found["trials"]] == [[], [2], [], []]
+    assert (found["seconds"], found["tokens_per_s"], found["exposed_s"], found["busy_s"]) == (2.0, 4.0, 0.5, [1.0] * 3)
+    fewer = medians([trial(9.0, 2, 2), trial(4.0, 2)], tokens=8)
+    assert (fewer["seconds"], fewer["runs_s"], len(fewer["busy_s"])) == (4.0, [4.0], 2), "all there are"
+    none = medians([trial(9.0, 2, 2)], tokens=8)
+    assert (none["seconds"], none["tokens_per_s"], none["runs_s"], none["busy_s"]) == (None, None, [], [])
+
+
+def saved_plan(folder: Path, problem: Problem | None = None) -> Path:
     plan = Plan("FinDEP", Split(2, 1), 4, 2, 3, 5, (("A", 1), ("A", 0), ("S", 0), ("S", 1)), 1.0, 1.0, 0.0, 1.0)
-    save(plan, folder / "plan.json", "a model", "a machine")
+    save(plan, folder / "plan.json", "a model", "a machine", problem)
     return folder / "plan.json"
 
 
@@ -106,6 +124,33 @@ def test_a_plan_is_taken_from_its_file_and_from_options(tmp_path: Path) -> None:
     assert (other.r1, other.r2, other.order) == (4, 3, Order.ASAS)  # turns are of two micro-batches
     plain = Cutting(attention_ranks=3, order="AASS").settled(5)
     assert (plain.ag, plain.eg, plain.order) == (3, 2, Order.AASS)
+
+
+def test_a_plan_is_solved_again_with_its_own_costs_or_it_is_said_why_not(toy: Any, cache: Path, tmp_path: Path) -> None:
+    line, config = Line(1e-4, 1e-10), EngineConfig.of(dtype="float32", cache_dir=str(cache))
+    machine = Machine("m", 3, 1e10, line, line, {Split(2, 1): line})
+    costs = Problem(Model("toy", 3, 64, 96, 6, 2, 0, 4, 16, 16), machine, 8)
+    opened = open_store(str(toy("mixtral")), config)
+
+    def again(problem: Problem | None, **asked: Any) -> Any:
+        return Cutting(plan=saved_plan(tmp_path, problem), **asked).settled(3).again.fitting(opened)
+
+    def of(**other: int) -> Problem:
+        return replace(costs, model=replace(costs.model, **other))
+
+    found = again(costs)
+    assert found.why == "" and found.replan() is not None
+    assert found.digest != again(replace(costs, length=9)).digest, "ranks with other costs are told apart"
+    kept = {
+        "costs are of 3 layers of 8 experts, the model has 3 of 6": again(of(experts=8)),
+        "costs are of 4 layers of 6 experts, the model has 3 of 6": again(of(layers=4)),
+        "has no costs: save it again": again(None),
+        "--r2, --order was asked for": again(costs, r2=2, order="ASAS"),
+        "there is no --plan FILE": Cutting().settled(2).again.fitting(opened),
+    }  # fmt: skip
+    for why, one in kept.items():
+        assert why in one.why and one.replan() is None
+    opened.store.close()
 
 
 def test_options_that_contradict_a_plan_are_refused_with_both_numbers(tmp_path: Path) -> None:

@@ -33,23 +33,25 @@ sys.exit(supervise(Job(tuple(command), int(ag), int(eg), every, threads=1, bound
 STALL = 5.0
 
 
-def environment(ag: int, eg: int) -> dict[str, str]:
-    return {**os.environ, "AG": str(ag), "EG": str(eg), "STALL": str(STALL), "PYTHONPATH": str(HERE.parent)}
+def environment(ag: int, eg: int, never: int) -> dict[str, str]:
+    ours = {"AG": str(ag), "EG": str(eg), "STALL": str(STALL), "NEVER": str(never), "PYTHONPATH": str(HERE.parent)}
+    return {**os.environ, **ours}
 
 
 class Run:
     """A launcher with its ranks."""
 
-    def __init__(self, folder: Path, ag: int, eg: int, *command: str):
+    def __init__(self, folder: Path, ag: int, eg: int, *command: str, never: int = -1):
         self.folder, self.ranks = folder, ag + eg
         full = [sys.executable, "-c", SUPERVISE, str(ag), str(eg), str(STALL), *command]
-        self.process = started(full, ag, eg)
+        self.process = started(full, ag, eg, never)
 
     @classmethod
-    def rounds(cls, folder: Path, ag: int, eg: int, many: int, manner: str) -> Run:
-        """Of tests/ranks.py; returns when all ranks have met."""
-        run = cls(folder, ag, eg, sys.executable, str(HERE / "ranks.py"), str(folder), str(many), manner)
-        run.await_files(*(f"rank-{rank}" for rank in range(ag + eg)))
+    def rounds(cls, folder: Path, ag: int, eg: int, many: int, manner: str, never: int = -1) -> Run:
+        """Of tests/ranks.py; returns when all ranks have met but the one that never comes."""
+        command = (sys.executable, str(HERE / "ranks.py"), str(folder), str(many), manner)
+        run = cls(folder, ag, eg, *command, never=never)
+        run.await_files(*(f"rank-{rank}" for rank in range(ag + eg) if rank != never))
         return run
 
     def await_files(self, *names: str) -> None:
@@ -73,9 +75,9 @@ class Run:
         return Ended(self.process.returncode, out, err)
 
 
-def started(command: list[str], ag: int, eg: int) -> subprocess.Popen[str]:
+def started(command: list[str], ag: int, eg: int, never: int = -1) -> subprocess.Popen[str]:
     pipe, none = subprocess.PIPE, subprocess.DEVNULL
-    return subprocess.Popen(command, env=environment(ag, eg), stdin=none, stdout=pipe, stderr=pipe, text=True)
+    return subprocess.Popen(command, env=environment(ag, eg, never), stdin=none, stdout=pipe, stderr=pipe, text=True)
 
 
 class Ended(NamedTuple):
@@ -92,8 +94,9 @@ def alive(pid: int) -> bool:
 
 
 def test_killed_and_stopped_expert_ranks_are_named_and_the_others_go_on(tmp_path: Path) -> None:
-    """Of three expert ranks one is killed, then one stopped; when it wakes it finds itself left out."""
-    run = Run.rounds(tmp_path, 2, 3, 120, "recover")
+    """Of four expert ranks one is killed before it comes, one later, then one stopped; when it wakes it finds itself left
+    out."""
+    run = Run.rounds(tmp_path, 2, 4, 120, "recover", never=5)
     run.send(4, signal.SIGKILL)
     run.await_files("generation-1-0", "generation-1-1", "generation-1-2", "generation-1-3")
     run.send(3, signal.SIGSTOP)
@@ -102,7 +105,8 @@ def test_killed_and_stopped_expert_ranks_are_named_and_the_others_go_on(tmp_path
     ended = run.end()
     assert ended.status == 0, ended.err
     assert ended.out == "120 rounds, generation 2\n"
-    assert "expert rank 2 (rank 4) was killed by signal 9" in ended.err
+    for name in ("expert rank 3 (rank 5)", "expert rank 2 (rank 4)"):
+        assert f"{name} was killed by signal 9" in ended.err
     assert "lost: expert rank 1 (rank 3) has not answered for" in ended.err
     assert "[expert rank 1 (rank 3)] over: rank 3 was taken for lost: generation 2 is of ranks (0, 1, 2)" in ended.err
     assert "expert rank 1 (rank 3) gave up because another was lost" in ended.err
@@ -119,6 +123,14 @@ def test_a_stopped_attention_rank_is_named_and_everybody_ends(tmp_path: Path) ->
     assert "its keys and values are gone" in ended.err
     assert "attention rank 1 (rank 1) no longer answered, and was ended" in ended.err
     assert not any(alive(run.pid(rank)) for rank in range(3))
+
+
+@pytest.mark.slow
+def test_an_attention_rank_that_never_comes_is_named_and_everybody_ends(tmp_path: Path) -> None:
+    run = Run(tmp_path, 2, 1, sys.executable, str(HERE / "ranks.py"), str(tmp_path), "9", "recover", never=1)
+    ended = run.end()
+    assert ended.status == 1 and ended.out == ""
+    assert "attention rank 1 (rank 1) was killed by signal 9: nobody else attends to its prompts" in ended.err
 
 
 @pytest.mark.slow
