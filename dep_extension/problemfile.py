@@ -1,9 +1,9 @@
 """What a plan was solved for, as plain JSON within a plan's file: with it a run solves the plan again where it loses ranks.
 Knows the form and its bounds; knows nothing of how a plan is found.
 
-    {"model": {the fields of Model}, "machine": {"name", "gpus", "memory_bytes", "count_s", "overlap", "both_ways",
-     "gemm": [a, b], "attention": [a, b], "experts": [a, b] or null, "links": [[ag, eg, a, b], ...]}, "length", "samples",
-     "max_r1", "max_r2", "loads": null or [[layer, a number for each expert], ...] of measured chunks}
+    {"model": {the fields of Model}, "machine": {the fields of Machine but its source; a line is [a, b], "experts" one or
+     null, "links": [[ag, eg, a, b], ...]}, "length", "samples", "max_r1", "max_r2",
+     "loads": null or {"layers": [of each measured chunk], "chunks": [[a number for each expert], ...]}}
 
 Links are those that losses can lead to: of as many attention ranks, and of expert ranks from one to all.
 """
@@ -18,14 +18,15 @@ import numpy as np
 from dep_extension.cost import Line, Machine, Model, Split
 from dep_extension.imbalance import Loads
 from dep_extension.plainjson import count, number, only, several, text, values
-from dep_extension.solver import Problem
+from dep_extension.problem import Problem
 
 MAX_GPUS, MAX_CUT, MAX_SIZE, MAX_S, MAX_BYTES = 1 << 16, 1 << 12, 1 << 40, 1e9, 1e18
-MAX_EXPERTS, MAX_CHUNKS = 1 << 12, 1 << 12
-MAX_LOADS = 1 << 17  # numbers that are written: of each layer every so many-th chunk, where there are more
+MAX_EXPERTS = 1 << 12
+MAX_CHUNKS, MOST_CHUNKS = 128, 1 << 12  # measured loads: as many are written, of each layer one at least
 COUNTS = ("layers", "hidden", "expert_hidden", "experts", "choices", "heads", "d_k", "d_v")
 PROBLEM = {"model", "machine", "length", "samples", "max_r1", "max_r2", "loads"}
-MACHINE = {"name", "gpus", "memory_bytes", "gemm", "attention", "links", "count_s", "overlap", "both_ways", "experts"}
+SCALES = [field.name for field in fields(Machine) if field.type == "float"]
+MACHINE = {field.name for field in fields(Machine)} - {"source"}
 
 
 def problem_to_json(problem: Problem, split: Split) -> dict[str, Any]:
@@ -40,24 +41,26 @@ def problem_to_json(problem: Problem, split: Split) -> dict[str, Any]:
     }
 
 
+def _loads_to_json(loads: Loads) -> dict[str, Any]:
+    """Of every layer as many chunks, the more the fewer layers there are."""
+    each = max(1, MAX_CHUNKS // loads.layers)
+    found = [_thinned(np.flatnonzero(loads.layer_C == layer), each) for layer in range(loads.layers)]
+    kept = np.concatenate(found)
+    return {"layers": loads.layer_C[kept].tolist(), "chunks": loads.loads_CE[kept].tolist()}
+
+
 def _machine_to_json(machine: Machine, split: Split) -> dict[str, Any]:
-    plain = {
-        name: getattr(machine, name) for name in ("name", "gpus", "memory_bytes", "count_s", "overlap", "both_ways")
-    }
+    plain = {name: getattr(machine, name) for name in ("name", "gpus", *SCALES)}
     lines = {name: list(getattr(machine, name)) for name in ("gemm", "attention")}
     experts = None if machine.experts is None else list(machine.experts)
     splits = [Split(split.ag, eg) for eg in range(1, split.eg + 1)]
     return plain | lines | {"experts": experts, "links": [[*at, *machine.link(at)] for at in splits]}
 
 
-def _loads_to_json(loads: Loads) -> list[list[float]]:
-    each = max(1, min(MAX_CHUNKS, MAX_LOADS // loads.experts) // loads.layers)
-    found: list[list[float]] = []
-    for layer in range(loads.layers):
-        at = np.flatnonzero(loads.layer_C == layer)
-        kept = at if len(at) <= each else at[np.linspace(0, len(at) - 1, each).astype(int)]
-        found += [[layer, *row] for row in loads.loads_CE[kept].tolist()]
-    return found
+def _thinned(chunks_N: np.ndarray, most: int) -> np.ndarray:
+    if len(chunks_N) <= most:
+        return chunks_N
+    return chunks_N[np.linspace(0, len(chunks_N) - 1, most).astype(int)]
 
 
 def problem_from_json(data: Any) -> Problem:
@@ -92,17 +95,15 @@ def _machine(data: Any) -> Machine:
     for row in several("links", data["links"], MAX_GPUS):
         ag, eg, *line = values("a link", row, 4)
         links[Split(count("ag", ag, MAX_GPUS), count("eg", eg, MAX_GPUS))] = _line("a link", line)
+    scales: dict[str, Any] = {name: number(name, data[name], MAX_BYTES) for name in SCALES}
     return Machine(
         name=text("machine's name", data["name"]),
         gpus=count("gpus", data["gpus"], MAX_GPUS),
-        memory_bytes=number("memory_bytes", data["memory_bytes"], MAX_BYTES),
         gemm=_line("gemm", data["gemm"]),
         attention=_line("attention", data["attention"]),
         links=links,
-        count_s=number("count_s", data["count_s"], MAX_S),
-        overlap=number("overlap", data["overlap"], MAX_S),
-        both_ways=number("both_ways", data["both_ways"], MAX_S),
         experts=None if data["experts"] is None else _line("experts", data["experts"]),
+        **scales,
     )
 
 
@@ -112,6 +113,7 @@ def _line(what: str, value: Any) -> Line:
 
 
 def _loads(value: Any) -> Loads:
-    rows = [several("a chunk's loads", row, MAX_EXPERTS + 1) for row in several("loads", value, MAX_CHUNKS)]
-    layers = [count("a chunk's layer", row[0], MAX_CUT, least=0) for row in rows]
-    return Loads.of([[number("a load", each, MAX_S) for each in row[1:]] for row in rows], "of the plan's file", layers)
+    only(value, {"layers", "chunks"})
+    rows = [several("a chunk's loads", row, MAX_EXPERTS) for row in several("loads", value["chunks"], MOST_CHUNKS)]
+    layers = [count("a layer", layer, MOST_CHUNKS, least=0) for layer in values("layers", value["layers"], len(rows))]
+    return Loads.of([[number("a load", each, MAX_S) for each in row] for row in rows], "of the plan's file", layers)

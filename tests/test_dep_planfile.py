@@ -15,7 +15,7 @@ import pytest
 from dep_extension.cost import Line, Machine, Model, Split
 from dep_extension.imbalance import zipf
 from dep_extension.planfile import MAX_BYTES, load, read, save, to_json
-from dep_extension.problemfile import problem_to_json
+from dep_extension.problemfile import MAX_CHUNKS, problem_to_json
 from dep_extension.schedule import every_order
 from dep_extension.solver import Plan, Problem, findep, recut
 
@@ -50,7 +50,7 @@ def problem(loads: bool) -> Problem:
     links = {Split(3, 5): line, Split(2, 6): Line(2e-4, 5e-10), Split(3, 2): Line(1e-4, 7e-10)}
     machine = Machine("some", 8, 48e9, Line(2e-4, 9e-14), Line(2e-4, 2e-14), links, 1e-5, 1.1, "measured", line)
     model = Model("some", 4, 2048, 1024, 16, 4, 1, 16, 128, 128, kv_elements=512)
-    return Problem(model, machine, 512, 24, max_r1=4, skew=zipf(16, 0.8, 4166) if loads else None)
+    return Problem(model, machine, 512, 24, max_r1=4, skew=zipf(16, 0.8, MAX_CHUNKS + 70) if loads else None)
 
 
 @pytest.mark.parametrize("loads", [False, True])
@@ -70,7 +70,7 @@ def test_what_a_plan_was_solved_for_comes_back_and_is_solved_alike_for_whatever_
         if not loads:
             assert recut(found, at, plan.samples, plan.r1) == recut(asked, at, plan.samples, plan.r1)
     if loads:
-        assert found.skew is not None and len(found.skew.loads_CE) == 4096, "as many as a file may have"
+        assert found.skew is not None and len(found.skew.loads_CE) == MAX_CHUNKS, "as many as a file may have"
 
 
 def test_files_of_the_first_version_are_read_and_have_no_costs(tmp_path: Path) -> None:
@@ -119,12 +119,12 @@ HARMED: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (harmed("machine", "links", to=[]), r"links is \[\], not 1 to"),
     (harmed("machine", "links", 0, to=[1, 2, 3]), "a link is .* not 4 values"),
     (harmed("machine", "links", 0, to=[0, 2, 3, 4]), "ag 0 is no whole number"),
-    (harmed("loads", to=[]), r"loads is \[\], not 1 to"),
-    (harmed("loads", 0, to=[0, 0.0]), "give as many in each"),
-    (harmed("loads", 0, to=[0] * 17), "give finite ones, some above 0"),
-    (harmed("loads", 0, 0, to=0.0), "a chunk's layer 0.0 is no whole number"),
-    (harmed("loads", 0, 0, to=2), "without gaps"),
-    (harmed("loads", 0, 1, to="1"), "a load '1' is not between"),
+    (harmed("loads", "chunks", to=[]), r"loads is \[\], not 1 to"),
+    (harmed("loads", "chunks", 0, to=[0.0]), "give as many in each"),
+    (harmed("loads", "chunks", 0, to=[0] * 16), "give finite ones, some above 0"),
+    (harmed("loads", "layers", to=[0]), "layers is .*not 128 values"),
+    (harmed("loads", "layers", 0, to=5), "from 0 without gaps"),
+    (harmed("loads", "chunks", 0, 0, to="1"), "a load '1' is not between"),
     (lambda data: data | {"version": True}, "version True"),
     (lambda data: data | {"more": 1}, "has .*'more'"),
     (lambda data: {k: v for k, v in data.items() if k != "model"}, "has .*not"),
