@@ -10,6 +10,7 @@ verdicts.
     between_s                   idle workers, a host that waits: from one copy to the next
     wake_s                      from a copy's end until whoever waited for it goes on
     rates, alone and together   so that all copies, with what each shared with others, come to their bytes
+    quicker                     while the model's thread waits
     spread                      what single copies took over what these rates say
 
 Costs of decode and of copies are not means but samples, drawn in the order in which they were measured (`road.Drawn`):
@@ -61,6 +62,7 @@ RANKED = "ranked"  # of stamps: a ranking came
 BEFORE_RANKED = ("whole", "quick")  # and what is asked between that and the pool's answer
 SPOILS = 32 << 20  # bytes that leave nothing else in a processor's cache
 WORKERS = 2
+MOST_QUICKER = 1.5  # two cores for two copies, instead of one and a half
 FEW = 20  # samples; fewer say nothing of how they scatter
 
 
@@ -180,7 +182,8 @@ def machine(store: Store, rate: int | None, runs: Sequence[Watched], whole: Sequ
     beside |= {"begin_s": begin_s(runs) or idle.begin_s, "between_s": idle.between_s}
     if rate is not None:
         return Machine(Link(rate, late_s(runs, slab / rate), **beside), costs)
-    copies = [copy for run in runs for copy in _shared(run)]
+    beside |= {"quicker": (quicker := quicker_by(runs))}
+    copies = [copy for run in runs for copy in _shared(run, quicker)]
     alone, together = _rates(copies, slab, idle)
     work = [(c.alone_s * alone + c.shared_s * together / 2) / slab for c in copies]
     spread = tuple(w / statistics.mean(work) for w in work) if len(work) >= FEW else ()
@@ -199,18 +202,45 @@ def late_s(runs: Sequence[Watched], copy_s: float) -> float:
 
 
 class Copy(NamedTuple):
-    """How long a copy had the link alone, and how long it shared it."""
+    """How long a copy had the link alone, and how long it shared it; `waited`: of that, the share in which the model's
+    thread waited. Seconds are those of a computing host."""
 
     alone_s: float
     shared_s: float
+    waited: float = 0.0
 
 
-def _shared(run: Watched) -> Iterator[Copy]:
+def _shared(run: Watched, quicker: float = 1.0) -> Iterator[Copy]:
     copies = sorted((span for span in run.spans if span.kind == COPY), key=lambda span: span.start)
+    stalls = [span for span in run.spans if span.lane == COMPUTE and span.kind == STALL and span.cause != PREDICTOR]
+    starts = [stall.start for stall in stalls]
     for n, copy in enumerate(copies):
         others = (o for o in copies[max(0, n - 4) : n + 5] if o is not copy)
-        shared = sum(max(0.0, min(copy.end, o.end) - max(copy.start, o.start)) for o in others)
-        yield Copy(copy.end - copy.start - shared, shared)
+        shared = sum(_both_s(copy, other) for other in others)
+        near = stalls[max(0, bisect(starts, copy.start) - 1) : bisect(starts, copy.end)]
+        waited = sum(_both_s(copy, stall) for stall in near) / (copy.end - copy.start)
+        longer = 1 + (quicker - 1) * waited
+        yield Copy((copy.end - copy.start - shared) * longer, shared * longer, waited)
+
+
+def _both_s(one: Span, other: Span) -> float:
+    return max(0.0, min(one.end, other.end) - max(one.start, other.start))
+
+
+def quicker_by(runs: Sequence[Watched]) -> float:
+    """By which factor copies that share the link are quicker while the model's thread waits: so that those mostly then and
+    those mostly not come to the same work. 1 where there are few of a kind."""
+    copies = [copy for run in runs for copy in _shared(run) if copy.alone_s < copy.shared_s / 10]
+    kinds = [[c for c in copies if (c.waited > 0.5) is waits] for waits in (False, True)]
+    if min(map(len, kinds)) < FEW:
+        return 1.0
+    took = [[c.alone_s + c.shared_s for c in kind] for kind in kinds]
+    waited = [
+        [s * c.waited for s, c in zip(seconds, kind, strict=True)] for seconds, kind in zip(took, kinds, strict=True)
+    ]
+    sums = np.array([[sum(s) - sum(w), sum(w)] for s, w in zip(took, waited, strict=True)])
+    computes, waits = np.linalg.solve(sums, [len(kind) for kind in kinds])
+    return float(min(MOST_QUICKER, max(1.0, waits / computes)))
 
 
 def _rates(copies: Sequence[Copy], slab: int, idle: Idle) -> tuple[float, float]:

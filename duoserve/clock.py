@@ -144,9 +144,11 @@ class ClockDevice:
         self._pay()
         if event.done:
             return
+        self.copy.pace(waiting=True)
         while not event.done:
             assert self._ends, "nothing that runs leads to the event"
             self._step()
+        self.copy.pace(waiting=False)
         self._pass(self._wake_s)
 
     def at(self, time: float, fn: Callable[..., Any], *args: Any) -> None:

@@ -23,6 +23,8 @@ class Link:
     they share: one copy gets `alone`, several `bytes_per_s` together (a disk), each after its latency. `spread`: what
     single copies took, over their mean; copies take these in turn. Empty: all take the mean.
 
+    `quicker`: by this factor where they share, while the host waits and leaves them its core.
+
     `submit_s` is the host's to hand one over; `begin_s`, `between_s` and `wake_s` are in the picture above.
     """
 
@@ -34,6 +36,7 @@ class Link:
     begin_s: float = 0.0
     between_s: float = 0.0
     wake_s: float = 0.0
+    quicker: float = 1.0
     spread: tuple[float, ...] = ()
 
 
@@ -72,6 +75,9 @@ class Road(ClockStream):
             self.device.at(self.device.time + self._link.between_s, self._arrive)
         super().finish(job)
 
+    def pace(self, waiting: bool) -> None:
+        """The host begins to wait, or no longer does."""
+
     def _arrive(self) -> None:
         """A worker is there for the next job, if there is one."""
         self._away -= 1
@@ -103,6 +109,7 @@ class Shared(Road):
         self._rates = (link.alone, link.bytes_per_s)
         self._left: dict[Job, float] = {}  # bytes of those that are past their latency
         self._since = 0.0  # when `_left` was true
+        self._factor = 1.0  # of both
         self._turn = 0  # which of the ends foreseen is still foreseen
 
     def _begin(self, job: Job) -> None:
@@ -115,7 +122,13 @@ class Shared(Road):
 
     def _rate(self) -> float:
         """Bytes/s of each."""
-        return self._rates[0] if len(self._left) == 1 else self._rates[1] / len(self._left)
+        return self._factor * (self._rates[0] if len(self._left) == 1 else self._rates[1] / len(self._left))
+
+    def pace(self, waiting: bool) -> None:
+        if self._link.quicker != 1.0:
+            self._progress()
+            self._factor = self._link.quicker if waiting else 1.0
+            self._foresee()
 
     def _progress(self) -> None:
         seconds, self._since = self.device.time - self._since, self.device.time

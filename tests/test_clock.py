@@ -105,6 +105,14 @@ def test_readers_of_a_disk_share_its_rate() -> None:
     assert device.now() == pytest.approx(1.0 + 175 / 100)
 
 
+def test_readers_of_a_disk_are_quicker_while_the_host_waits() -> None:
+    device = ClockDevice(Link(100.0, workers=1, alone=100.0, quicker=1.25))
+    event = device.copy.submit(lambda: None, cost=200)
+    device.spend(1.0)
+    event.wait()
+    assert device.now() == pytest.approx(1.0 + 100 / 125)
+
+
 def test_workers_wake_turn_around_and_wake_who_waits_in_their_own_time() -> None:
     device, order = ClockDevice(Link(100.0, workers=1, submit_s=0.5, begin_s=1.0, between_s=5.0, wake_s=4.0)), []
     guess = device.copy.submit(lambda: order.append("guess"), lane=Lane.AHEAD, cost=100)

@@ -6,7 +6,20 @@ import random
 
 import pytest
 
-from benchmarks.gauge import FEW, Idle, Stamp, Watched, _drawn, _rates, _shared, begin_s, late_s, look_s, ranking_s
+from benchmarks.gauge import (
+    FEW,
+    Idle,
+    Stamp,
+    Watched,
+    _drawn,
+    _rates,
+    _shared,
+    begin_s,
+    late_s,
+    look_s,
+    quicker_by,
+    ranking_s,
+)
 from benchmarks.simulator import nearest, parts
 from duoserve.clock import ClockDevice, Link
 from duoserve.core import Key
@@ -99,3 +112,14 @@ def test_costs_come_from_the_neighbours_in_their_order_and_from_all_where_those_
     drawn = _drawn([many[:3], many[3:]], [100.0])
     assert [drawn.draw() for _ in range(FEW + 1)] == [*many, 0.0]
     assert _drawn([[1.0], [2.0]], [1.0, 2.0, 6.0]).draw() == 3.0
+
+
+def test_how_much_quicker_copies_are_while_the_host_waits_is_found_again() -> None:
+    device, timeline, rng = ClockDevice(Link(100.0, alone=50.0, quicker=1.25)), Timeline(), random.Random(0)
+    device.record(timeline)
+    for n in range(0, 400, 2):
+        events = [device.copy.submit(lambda: None, cost=100, what=Key(0, n + at)) for at in range(2)]
+        device.spend(rng.choice([0.1, 1.5, 4.0]))
+        device.thread.wait(events[1].wait, "demand", Key(0, n + 1))
+    device.record(None)
+    assert quicker_by([Watched([], timeline.spans(), [])]) == pytest.approx(1.25, rel=0.01)
