@@ -1,7 +1,8 @@
 """The simulator against reality: the same passes through a real engine and through `ClockDevice`; and the limit that a
 policy which knows the future reaches.
 
-    python -m benchmarks.simulator FOLDER [--machines 300MB,none] [--shares 0.25,0.5,0.75] [--rounds 5] [--tokens 24]
+    python -m benchmarks.simulator FOLDER [--machines 300MB,none] [--shares 0.25,0.5,0.75] [--policies lru,...]
+                                          [--rounds 5] [--tokens 24] [--runs 1] [--only cells|limits]
 
 FOLDER takes the model (`course.py`). Routes are drawn from a skewed popularity and forced, so that every row chooses the
 same; `duoserve` foresees them. A machine is a link that copies are slowed to, or "none": the disk as it is.
@@ -9,9 +10,14 @@ same; `duoserve` foresees them. A machine is a link that copies are slowed to, o
     one engine   warm | other passes, recorded | passes compared | other passes, recorded | passes compared | ... | recorded
                         '------------------------- costs (`gauge.py`) --------------------------------------------'
 
+Nothing else runs between these: a copy that is under way when a stretch ends counts in the next.
+
 Each cell: seconds of the compared passes, real and simulated, and their ratio, of all and the median over rounds; the same
 with the costs measured under policy lru of the same share (`by lru`); by how much hits, hits with those in flight, and
-bytes differ; and whether, with the run's own decisions repeated, they agree to the byte. A table, then one JSON line.
+bytes differ; and whether, with the run's own decisions repeated, they agree to the byte. With `--runs` above 1 the cell is
+measured so often, each time in a new engine and simulated with that run's costs: differences are then means over runs, and
+`spread` is by how many points hits of the real runs differ among themselves, at most. A line for people and a JSON line for
+each cell as soon as it is done, so that a run can be split or lost halfway; the limits last.
 """
 
 from __future__ import annotations
@@ -30,7 +36,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.course import EXPERTS, LAYERS, Forced, course, foreseen, make_model, open_engine
-from benchmarks.gauge import Machine, Watched, machine, watch
+from benchmarks.gauge import Machine, Stamping, Watched, machine, watch
 from benchmarks.machine import describe
 from duoserve.config import parse_size
 from duoserve.core import Phase, Policy, Route, Step
@@ -83,40 +89,56 @@ class Run(NamedTuple):
         return 1 - float(self.counts.misses / self.asked)
 
 
-def real(
-    folder: Path, whole: Forced, rate: int | None, slots: int, policy: str, stretches: list[Part]
-) -> tuple[Run, Noting, Machine]:
+class There(NamedTuple):
+    """A real run, what the clock decided in it, and what its machine costs."""
+
+    run: Run
+    noting: Noting
+    machine: Machine
+
+
+def real(folder: Path, whole: Whole, rate: int | None, slots: int, policy: str, stretches: list[Part]) -> There:
     engine = open_engine(folder, slots, policy, rate)
-    forced, noting = Forced(engine), Noting()
+    forced, noting = Forced(engine), Stamping()
     engine.runtime.decide(noting)
     if policy == "duoserve":
         all_passes = [one for part in stretches for one in part.passes]
         engine.predict(foreseen(all_passes, engine.runtime.steps), always=True)
+    forced.run(stretches[0].passes)
     seconds: list[float] = []
     watched: list[Watched] = []
-    held: list[Watched] = []
-    for number, part in enumerate(stretches):
+    for part in stretches[1:]:
         if part.compared:
             seconds.append(sum(forced.run(part.passes)))
-        elif number == 0:
-            forced.run(part.passes)
         else:
-            held.append(watch(whole, part.passes))
-            watched.append(watch(forced, part.passes))
+            watched.append(watch(forced, part.passes, noting))
     engine.close()  # what is under way ends
     run = Run(seconds, engine.runtime.transfer.counts(), int(engine.device.copy.cost_done))
-    return run, noting, machine(whole.engine.store, rate, watched, held)
+    return There(run, noting, machine(whole.store, rate, watched, whole.watched(stretches)))
+
+
+class Whole:
+    """An engine that holds all experts."""
+
+    def __init__(self, folder: Path, rate: int | None, stretches: list[Part]):
+        self._forced = Forced(open_engine(folder, LAYERS * EXPERTS, "lru", rate))
+        self._forced.run(stretches[0].passes)
+        self.store, self.close = self._forced.engine.store, self._forced.engine.close
+
+    def watched(self, stretches: list[Part]) -> list[Watched]:
+        """The first of the passes that costs are measured on."""
+        return [watch(self._forced, stretches[1].passes)]
 
 
 def simulated(machine: Machine, shape: Shape, policy: str, stretches: list[Part], noting: Noting | None = None) -> Run:
     repeating = Repeating(noting.answers, noting.rankings) if noting is not None else None
     all_passes = [one for part in stretches for one in part.passes]
     predictor = foreseen(all_passes) if policy == "duoserve" else None
-    machine.costs.again()
     simulation = Simulation(shape, machine.costs, machine.link, Policy(policy), predictor=predictor, always=True,
                             decisions=repeating)  # fmt: skip
-    seconds = []
-    for part in stretches:
+    seconds, near = [], nearest(stretches)
+    for part, numbers in zip(stretches, near, strict=True):
+        machine.costs.near(numbers)
         took = sum(simulation.run(one._replace(step=None)) for one in part.passes)
         if part.compared:
             seconds.append(took)
@@ -125,17 +147,80 @@ def simulated(machine: Machine, shape: Shape, policy: str, stretches: list[Part]
     return Run(seconds, outcome.counts, outcome.moved_bytes)
 
 
+def nearest(stretches: Sequence[Part]) -> list[list[int]]:
+    """Of each stretch, which of those that costs are measured on are its neighbours, or itself."""
+    found, last = [[0]], -1  # the warm-up's
+    for part in stretches[1:]:
+        last += not part.compared
+        found.append([last, last + 1] if part.compared else [last])
+    return found
+
+
+class Tried(NamedTuple):
+    """A real run, and the same simulated: with its costs, with its decisions too, and with the costs of lru."""
+
+    there: Run
+    free: Run
+    again: Run
+    by_lru: Run | None
+    link: Link
+
+    @property
+    def hit_points(self) -> float:
+        return 100 * (self.free.hit_rate - self.there.hit_rate)
+
+    @property
+    def held_points(self) -> float:
+        return 100 * (self.free.held_rate - self.there.held_rate)
+
+    @property
+    def repeated(self) -> bool:
+        return bool(self.again.counts == self.there.counts) and self.again.moved == self.there.moved
+
+
 class Bench:
-    """One link: an engine that holds all experts beside the one to be compared, and the costs under lru by share."""
+    """One link: an engine that holds all experts beside those to be compared, and the costs under lru by share."""
 
     def __init__(self, folder: Path, rate: int | None, args: argparse.Namespace):
         self._folder, self._rate, self._args = folder, rate, args
         self._stretches = parts(args.rounds, args.tokens)
-        self._whole = Forced(open_engine(folder, LAYERS * EXPERTS, "lru", rate))
-        self._whole.run(self._stretches[0].passes)
+        self._whole = Whole(folder, rate, self._stretches)
         self._by_lru: dict[float, Machine] = {}
 
     def cell(self, share: float, policy: str) -> dict[str, Any]:
+        tried = [self._try(share, policy) for _ in range(self._args.runs)]
+        ratio = {
+            name: sum(run.total_s for run in runs) / sum(one.there.total_s for one in tried)
+            for name, runs in {
+                "ratio": [one.free for one in tried],
+                "ratio_repeated": [one.again for one in tried],
+                "ratio_by_lru": [one.by_lru for one in tried if one.by_lru is not None],
+            }.items()
+        }
+        rounds = [s / r for one in tried for s, r in zip(one.free.seconds, one.there.seconds, strict=True)]
+        hits = [100 * one.there.hit_rate for one in tried]
+        return {
+            "machine": self._rate or "none",
+            "share": share,
+            "policy": policy,
+            "runs": len(tried),
+            "real_s": [second for one in tried for second in one.there.seconds],
+            "simulated_s": [second for one in tried for second in one.free.seconds],
+            **ratio,
+            "ratio_median": statistics.median(rounds),
+            "hit_points": statistics.mean(one.hit_points for one in tried),
+            "hit_points_by_run": [one.hit_points for one in tried],
+            "real_hits": hits,
+            "hit_spread_points": max(hits) - min(hits),
+            "held_points": statistics.mean(one.held_points for one in tried),
+            "bytes_ratio": sum(one.free.moved for one in tried) / sum(one.there.moved for one in tried),
+            "repeated_exactly": all(one.repeated for one in tried),
+            "counts": [one.there.counts._asdict() for one in tried],
+            "simulated_counts": [one.free.counts._asdict() for one in tried],
+            "link": [asdict(replace(one.link, spread=quantiles(one.link.spread))) for one in tried],
+        }
+
+    def _try(self, share: float, policy: str) -> Tried:
         shape = Shape((EXPERTS,) * LAYERS, (self._args.slab_bytes,) * LAYERS, round(share * LAYERS * EXPERTS))
         stretches = self._stretches
         there, noting, measured = real(self._folder, self._whole, self._rate, shape.slots, policy, stretches)
@@ -143,29 +228,11 @@ class Bench:
             self._by_lru[share] = measured
         free, again = (simulated(measured, shape, policy, stretches, n) for n in (None, noting))
         lru = self._by_lru.get(share)
-        elsewhere = simulated(lru, shape, policy, stretches) if lru is not None else None
-        rounds = [s / r for s, r in zip(free.seconds, there.seconds, strict=True)]
-        return {
-            "machine": self._rate or "none",
-            "share": share,
-            "policy": policy,
-            "real_s": there.seconds,
-            "simulated_s": free.seconds,
-            "ratio": free.total_s / there.total_s,
-            "ratio_median": statistics.median(rounds),
-            "ratio_repeated": again.total_s / there.total_s,
-            "ratio_by_lru": elsewhere.total_s / there.total_s if elsewhere is not None else None,
-            "hit_points": 100 * (free.hit_rate - there.hit_rate),
-            "held_points": 100 * (free.held_rate - there.held_rate),
-            "bytes_ratio": free.moved / there.moved,
-            "repeated_exactly": again.counts == there.counts and again.moved == there.moved,
-            "counts": there.counts._asdict(),
-            "simulated_counts": free.counts._asdict(),
-            "link": asdict(replace(measured.link, spread=quantiles(measured.link.spread))),
-        }
+        by_lru = simulated(lru, shape, policy, stretches) if lru is not None else None
+        return Tried(there, free, again, by_lru, measured.link)
 
     def close(self) -> None:
-        self._whole.engine.close()
+        self._whole.close()
 
 
 def quantiles(samples: Sequence[float]) -> tuple[float, ...]:
@@ -257,14 +324,15 @@ def _distinct(rng: random.Random, skew: list[float], n: int) -> set[int]:
 
 
 HEAD = f"{'link':>9s}{'share':>7s}  {'policy':12s}{'real s':>9s}{'clock':>8s}{'ratio':>7s}{'median':>7s}{'again':>7s}" \
-       f"{'by lru':>7s}{'hits':>8s}{'held':>8s}{'bytes':>8s}  again to the byte"  # fmt: skip
+       f"{'by lru':>7s}{'hits':>8s}{'spread':>8s}{'held':>8s}{'bytes':>8s}  again to the byte"  # fmt: skip
 
 
 def line(name: str, found: dict[str, Any]) -> str:
-    by_lru = f"{found['ratio_by_lru']:7.3f}" if found["ratio_by_lru"] is not None else f"{'-':>7s}"
+    by_lru = f"{found['ratio_by_lru']:7.3f}" if found["ratio_by_lru"] else f"{'-':>7s}"
+    spread = f"{found['hit_spread_points']:7.1f}p" if found["runs"] > 1 else f"{'-':>8s}"
     return (f"{name:>9s}{found['share']:7.0%}  {found['policy']:12s}{sum(found['real_s']):9.3f}"
             f"{sum(found['simulated_s']):8.3f}{found['ratio']:7.3f}{found['ratio_median']:7.3f}"
-            f"{found['ratio_repeated']:7.3f}{by_lru}{found['hit_points']:+7.1f}p{found['held_points']:+7.1f}p"
+            f"{found['ratio_repeated']:7.3f}{by_lru}{found['hit_points']:+7.1f}p{spread}{found['held_points']:+7.1f}p"
             f"{found['bytes_ratio']:8.3f}  {found['repeated_exactly']}")  # fmt: skip
 
 
@@ -276,26 +344,35 @@ def main() -> None:
     parser.add_argument("--policies", default=",".join(POLICIES))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument("--runs", type=int, default=1)
+    parser.add_argument("--only", choices=("cells", "limits"))
     args = parser.parse_args()
     args.shares = [float(share) for share in args.shares.split(",")]
     args.folder.mkdir(parents=True, exist_ok=True)
     make_model(args.folder)
     args.slab_bytes = prepared(args.folder)
-    cells = []
+    about = {"rounds": args.rounds, "tokens": args.tokens, "machine": describe()}
+    if args.only != "limits":
+        compare(args, about)
+    if args.only != "cells":
+        limits, rates = limit(args), accesses_per_s()
+        print("knowing the future, over the limit:", ", ".join(f"{x:.4f} at {share}" for share, x in limits.items()))
+        seconds = ", ".join(f"{policy} {1e6 / rate:.1f}" for policy, rate in rates.items())
+        print("a million accesses, seconds of processor:", seconds)
+        print(json.dumps({"benchmark": "simulator-limits", "over_limit": limits, "accesses_per_s": rates, **about}))
+
+
+def compare(args: argparse.Namespace, about: dict[str, Any]) -> None:
+    """Real and simulated, cell by cell."""
     print(HEAD)
     for name in args.machines.split(","):
         bench = Bench(args.folder, None if name == "none" else parse_size(name, "link"), args)
         for share in args.shares:
             for policy in args.policies.split(","):
-                cells.append(bench.cell(share, policy))
-                print(line(name, cells[-1]), flush=True)
+                found = bench.cell(share, policy)
+                print(line(name, found))
+                print(json.dumps({"benchmark": "simulator", **found, **about}), flush=True)
         bench.close()
-    limits, rates = limit(args), accesses_per_s()
-    print("knowing the future, over the limit:", ", ".join(f"{x:.4f} at {share}" for share, x in limits.items()))
-    print("a million accesses, seconds of processor:", ", ".join(f"{p} {1e6 / rate:.1f}" for p, rate in rates.items()))
-    about = {"rounds": args.rounds, "tokens": args.tokens, "machine": describe()}
-    figures = {"cells": cells, "over_limit": limits, "accesses_per_s": rates}
-    print(json.dumps({"benchmark": "simulator", **figures, **about}))
 
 
 def prepared(folder: Path) -> int:

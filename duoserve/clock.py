@@ -117,6 +117,8 @@ class ClockDevice:
         self.thread = ModelThread(self.now)
         self.host = getcurrent()
         self.owed_s = 0.0  # host time for what was handed over; paid when the host next lets time pass, behind no lock
+        self._stepping = False  # whether what happens just now is the streams' doing
+        self._woken: list[tuple[float, Callable[[], Any]]] = []  # until the host lets go
         self._wake_s = link.wake_s
         self.compute: Inline | Queued = Queued(self, launch_s) if asynchronous else Inline(self)
         self.copy = road(self, "copy", link)
@@ -142,15 +144,25 @@ class ClockDevice:
         self._pay()
         if event.done:
             return
+        self.copy.pace(waiting=True)
         while not event.done:
             assert self._ends, "nothing that runs leads to the event"
             self._step()
+        self.copy.pace(waiting=False)
         self._pass(self._wake_s)
 
     def at(self, time: float, fn: Callable[..., Any], *args: Any) -> None:
         """Call `fn` at `time`; of equal times in the order of asking."""
         self._numbered += 1
         heappush(self._ends, (time, self._numbered, fn, args))
+
+    def wake(self, seconds: float, fn: Callable[[], Any]) -> None:
+        """Call `fn` so long after somebody else can run: at once where the streams ask, else when the host, who holds the
+        interpreter, next computes or waits."""
+        if self._stepping:
+            self.at(self.time + seconds, fn)
+        else:
+            self._woken.append((seconds, fn))
 
     def arena(self, n_bytes: int) -> torch.Tensor:
         """Memory without bytes; slices of it are empty."""
@@ -185,10 +197,16 @@ class ClockDevice:
     def close(self) -> None: ...
 
     def _pay(self) -> None:
-        """What handing over took passes now."""
+        """What handing over took passes now; then those it woke come."""
         if self.owed_s:
             seconds, self.owed_s = self.owed_s, 0.0
             self._pass(seconds)
+        if self._woken:
+            woken, self._woken = self._woken, []
+            at = self.time
+            for seconds, fn in woken:  # one after the other: there is one interpreter
+                at += seconds
+                self.at(at, fn)
 
     def _pass(self, seconds: float) -> None:
         """So long nobody but the streams does anything."""
@@ -200,4 +218,6 @@ class ClockDevice:
     def _step(self) -> None:
         time, _, fn, args = heappop(self._ends)
         self.time = max(self.time, time)
+        self._stepping = True
         fn(*args)
+        self._stepping = False

@@ -26,6 +26,8 @@ class Clock(Protocol):
 
     def wait_for(self, event: Moment) -> None: ...
 
+    def wake(self, seconds: float, fn: Callable[[], Any]) -> None: ...
+
 
 class Moment:
     """Something that will have happened on a virtual machine: `device.Event` without threads."""

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 
 from duoserve.clockstream import Clock, ClockStream, Job
 
-GOLDEN = 0.6180339887498949  # multiples of it, modulo 1, fill an interval evenly and in no order
-
 
 @dataclass(frozen=True)
 class Link:
@@ -23,7 +21,9 @@ class Link:
 
     Without `alone` the wire takes them one after the other, and `latency_s` is what a copy takes beside the wire. With it
     they share: one copy gets `alone`, several `bytes_per_s` together (a disk), each after its latency. `spread`: what
-    single copies took, over their mean; copies take these in turn, in an even order. Empty: all take the mean.
+    single copies took, over their mean; copies take these in turn. Empty: all take the mean.
+
+    `quicker`: by this factor where they share, while the host waits and leaves them its core.
 
     `submit_s` is the host's to hand one over; `begin_s`, `between_s` and `wake_s` are in the picture above.
     """
@@ -36,19 +36,20 @@ class Link:
     begin_s: float = 0.0
     between_s: float = 0.0
     wake_s: float = 0.0
+    quicker: float = 1.0
     spread: tuple[float, ...] = ()
 
 
-class Spread:
-    """Samples, drawn evenly: any stretch of draws has nearly the distribution of all. Deterministic."""
+class Drawn:
+    """Samples in their own order, again and again: what hangs together in time stays together. Deterministic."""
 
     def __init__(self, samples: tuple[float, ...]):
         assert samples
-        self._sorted, self._at = sorted(samples), 0.5
+        self._samples, self._at = samples, -1
 
     def draw(self) -> float:
-        self._at = (self._at + GOLDEN) % 1.0
-        return self._sorted[int(self._at * len(self._sorted))]
+        self._at = (self._at + 1) % len(self._samples)
+        return self._samples[self._at]
 
 
 class Road(ClockStream):
@@ -57,23 +58,25 @@ class Road(ClockStream):
     def __init__(self, device: Clock, name: str, link: Link):
         super().__init__(device, name, link.workers, submit_s=link.submit_s)
         self._link = link
-        self._spread = Spread(link.spread) if link.spread else None
+        self._spread = Drawn(link.spread) if link.spread else None
 
     def start(self) -> None:
-        """Who sleeps is woken, and takes what is first when it comes: after what the host has handed over before."""
+        """Who sleeps is woken, and takes what is first when it comes."""
         if not self._link.begin_s:
             super().start()
             return
-        at = self.device.time + self.device.owed_s + self._link.begin_s
         for _ in range(min(self.workers - self._active - self._away, sum(map(len, self._ready)))):
             self._away += 1
-            self.device.at(at, self._arrive)
+            self.device.wake(self._link.begin_s, self._arrive)
 
     def finish(self, job: Job) -> None:
         if self._link.between_s:
             self._away += 1
             self.device.at(self.device.time + self._link.between_s, self._arrive)
         super().finish(job)
+
+    def pace(self, waiting: bool) -> None:
+        """The host begins to wait, or no longer does."""
 
     def _arrive(self) -> None:
         """A worker is there for the next job, if there is one."""
@@ -106,6 +109,7 @@ class Shared(Road):
         self._rates = (link.alone, link.bytes_per_s)
         self._left: dict[Job, float] = {}  # bytes of those that are past their latency
         self._since = 0.0  # when `_left` was true
+        self._factor = 1.0  # of both
         self._turn = 0  # which of the ends foreseen is still foreseen
 
     def _begin(self, job: Job) -> None:
@@ -118,7 +122,13 @@ class Shared(Road):
 
     def _rate(self) -> float:
         """Bytes/s of each."""
-        return self._rates[0] if len(self._left) == 1 else self._rates[1] / len(self._left)
+        return self._factor * (self._rates[0] if len(self._left) == 1 else self._rates[1] / len(self._left))
+
+    def pace(self, waiting: bool) -> None:
+        if self._link.quicker != 1.0:
+            self._progress()
+            self._factor = self._link.quicker if waiting else 1.0
+            self._foresee()
 
     def _progress(self) -> None:
         seconds, self._since = self.device.time - self._since, self.device.time

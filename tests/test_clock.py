@@ -105,14 +105,31 @@ def test_readers_of_a_disk_share_its_rate() -> None:
     assert device.now() == pytest.approx(1.0 + 175 / 100)
 
 
+def test_readers_of_a_disk_are_quicker_while_the_host_waits() -> None:
+    device = ClockDevice(Link(100.0, workers=1, alone=100.0, quicker=1.25))
+    event = device.copy.submit(lambda: None, cost=200)
+    device.spend(1.0)
+    event.wait()
+    assert device.now() == pytest.approx(1.0 + 100 / 125)
+
+
 def test_workers_wake_turn_around_and_wake_who_waits_in_their_own_time() -> None:
     device, order = ClockDevice(Link(100.0, workers=1, submit_s=0.5, begin_s=1.0, between_s=5.0, wake_s=4.0)), []
     guess = device.copy.submit(lambda: order.append("guess"), lane=Lane.AHEAD, cost=100)
     need = device.copy.submit(lambda: order.append("need"), cost=100)
-    need.wait()  # in the queue before the worker was there; handing both over took the same second
-    assert order == ["need"] and device.now() == 1 + 1 + 4
+    need.wait()  # in the queue before the worker was there, which came once both had been handed over
+    assert order == ["need"] and device.now() == 1 + 1 + 1 + 4
     guess.wait()
-    assert order == ["need", "guess"] and device.now() == 2 + 5 + 1 + 4
+    assert order == ["need", "guess"] and device.now() == 3 + 5 + 1 + 4
+
+
+def test_workers_come_one_after_the_other_once_the_host_lets_go_of_the_interpreter() -> None:
+    device, ends = ClockDevice(Link(100.0, workers=2, alone=50.0, begin_s=1.0)), []
+    for _ in range(2):
+        device.copy.submit(lambda: ends.append(device.now()), cost=50)
+    assert not device.copy.busy  # whatever happened meanwhile: no time has passed
+    device.spend(10.0)
+    assert ends == [2.0, 3.0]  # begun at 1 and at 2
 
 
 def test_a_guess_can_be_withdrawn_until_the_worker_is_there() -> None:
@@ -126,15 +143,14 @@ def test_a_guess_can_be_withdrawn_until_the_worker_is_there() -> None:
     assert device.now() == 2.0
 
 
-def test_copies_take_measured_shares_of_their_mean_evenly() -> None:
+def test_copies_take_measured_shares_of_their_mean_in_their_order() -> None:
     shares = (0.5, 1.0, 1.5)
     device, took = ClockDevice(Link(100.0, workers=1, spread=shares)), []
-    for _ in range(300):
+    for _ in range(30):
         began = device.now()
         device.copy.submit(lambda: None, cost=100).wait()
         took.append(round(device.now() - began, 6))
-    assert set(took) == set(shares) and all(98 <= took.count(share) <= 102 for share in shares)
-    assert all(20 <= took[at : at + 66].count(share) <= 24 for at in range(0, 230, 33) for share in shares)
+    assert took == list(shares) * 10
 
 
 def test_a_failure_reaches_who_needs_it_and_not_who_only_follows() -> None:
