@@ -9,7 +9,7 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
@@ -32,6 +32,7 @@ from duoserve.plan import Plan, check_memory, compute_dtype, default_budget, mak
 from duoserve.routers import Router, routers_of
 from duoserve.shelf import cache_dir, note_use, refuse_half_made
 from duoserve.sizing import CACHE
+from duoserve.stopping import special_ids
 from duoserve.store import Store
 from duoserve.system import give_back, use_threads
 from duoserve.timeline import Timeline
@@ -59,6 +60,7 @@ class Answer:
     decode_tok_s: float | None
     finish: str
     token_ids: list[int] = field(default_factory=list, repr=False)
+    reasoning: str = ""  # what the model wrote for itself, where somebody told it apart
 
     def __str__(self) -> str:
         return self.text
@@ -198,13 +200,15 @@ class Engine:
         on_text: Callable[[str], None] | None = None,
         on_layer: Callable[[int, int], None] | None = None,
         cancelled: Callable[[], bool] | None = None,
+        visible: Collection[int] = (),
         **options: Any,
     ) -> Any:
         """Answer a text, or a list of chat messages ({"role", "content"}), with an `Answer`.
 
         `options` go to transformers' `generate` (max_new_tokens, do_sample, temperature, prompt_lookup_num_tokens, ...);
         unknown ones are refused. `on_text` receives the text piece by piece; `on_layer(done, all)` follows the reading of
-        the prompt; `cancelled` is asked after every token, and after every layer of the prompt.
+        the prompt; `cancelled` is asked after every token, and after every layer of the prompt. Special tokens are no text,
+        but for those that are `visible`.
         Called without a prompt, with `input_ids=`, this is `model.generate` itself and returns its tensor.
         """
         if isinstance(prompt, torch.Tensor):
@@ -214,7 +218,7 @@ class Engine:
                 return self.model.generate(**options)
         ids_1S = self.encode(prompt)
         limit = self._room(ids_1S.shape[1], _asked(options, ids_1S.shape[1]))
-        meter = _Meter(self._text_tokenizer(), on_text)
+        meter = _Meter(self._text_tokenizer(), on_text, visible)
         options = self._generation(options, meter, cancelled)
         with torch.inference_mode(), self._turn, self.runtime.following(on_layer, cancelled):
             meter.start()
@@ -434,7 +438,7 @@ class Engine:
         n = int(new_ids.shape[0])
         eos = self.model.generation_config.eos_token_id
         ended = n > 0 and int(new_ids[-1]) in ((eos if isinstance(eos, list) else [eos]) if eos is not None else [])
-        text = self._text_tokenizer().decode(new_ids, skip_special_tokens=True)
+        text = meter.decoded(new_ids)
         finish = "stop" if ended else "cancelled" if cancelled else "length" if n >= limit else "stop"
         return Answer(text, prompt_tokens, n, meter.ttft_s, meter.rate(n), finish, new_ids.tolist())
 
@@ -453,8 +457,9 @@ def trunk_bytes(model: Any) -> int:
 class _Meter(transformers.TextStreamer):
     """Passes text on as it becomes whole words or lines, and notes when tokens came."""
 
-    def __init__(self, tokenizer: Any, on_text: Callable[[str], None] | None):
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None] | None, visible: Collection[int] = ()):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=not visible)
+        self._hidden = torch.tensor(sorted(special_ids(tokenizer) - set(visible)) if visible else [])
         self._on_text = on_text
         self._began = self._first = self._latest = 0.0
 
@@ -465,7 +470,14 @@ class _Meter(transformers.TextStreamer):
         if not self.next_tokens_are_prompt:
             self._latest = time.perf_counter()
             self._first = self._first or self._latest
+            value = self._shown(value)
         super().put(value)
+
+    def decoded(self, ids: torch.Tensor) -> str:
+        return str(self.tokenizer.decode(self._shown(ids), **self.decode_kwargs))
+
+    def _shown(self, ids: torch.Tensor) -> torch.Tensor:
+        return ids[~torch.isin(ids, self._hidden.to(ids))] if len(self._hidden) else ids
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         if self._on_text and text:

@@ -31,17 +31,24 @@ class Server:
         *,
         on_text: Callable[[str], None] | None = None,
         on_layer: Callable[[int, int], None] | None = None,
+        on_reasoning: Callable[[str], None] | None = None,
         cancelled: Callable[[], bool] | None = None,
         **options: Any,
     ) -> Answer:
-        """As `Engine.generate` with messages; leaving the stream is what cancels. `on_layer` hears of tokens read."""
+        """As `Conversation.say` of these messages; leaving the stream is what cancels. `on_layer` hears of tokens read."""
         began, first, text, finish, usage = time.perf_counter(), 0.0, "", "cancelled", None
+        reasoning = ""
         with _refusing(self.url), self._client.chat.completions.create(**self._asked(messages, options)) as stream:
             for chunk in stream:
                 usage = chunk.usage or usage
                 if on_layer and (read := (chunk.model_extra or {}).get("prompt_progress")) and read["processed"]:
                     on_layer(read["processed"] - 1, read["total"])
                 for choice in chunk.choices:
+                    if thought := _reasoning(choice.delta):
+                        first = first or time.perf_counter()
+                        reasoning += thought
+                        if on_reasoning:
+                            on_reasoning(thought)
                     if choice.delta.content:
                         first = first or time.perf_counter()
                         text += choice.delta.content
@@ -54,7 +61,8 @@ class Server:
         now = time.perf_counter()
         prompt, new = (usage.prompt_tokens, usage.completion_tokens) if usage else (0, 0)
         rate = (new - 1) / (now - first) if new > 1 and now > first else None
-        self.last = Answer(text, prompt, new, first - began if first else 0.0, rate, finish)
+        ttft_s = first - began if first else 0.0
+        self.last = Answer(text, prompt, new, ttft_s, rate, finish, reasoning=reasoning)
         return self.last
 
     def stats(self) -> dict[str, Any]:
@@ -108,6 +116,16 @@ class RemoteConversation(Conversation):
 
     def seed(self, value: int) -> None:
         self.server.seed = value
+
+    def _answer(self, **options: Any) -> Answer:
+        return self.server.generate(self.prompt(), **options)
+
+
+def _reasoning(delta: Any) -> str | None:
+    """Beyond OpenAI's, by either of its usual names."""
+    more = delta.model_extra or {}
+    found = more.get("reasoning") or more.get("reasoning_content")
+    return found if isinstance(found, str) else None
 
 
 class _refusing:
