@@ -87,7 +87,7 @@ def test_a_question_written_anew_takes_the_place_of_what_followed(site: Site, sc
     page.locator(".turn").nth(0).hover()
     page.get_by_role("button", name="Edit").first.click()
     assert page.is_visible("#changing") and page.locator(".turn.to-go").count() == 4
-    script.pieces = ["| a | b |\n|:--|--:|\n| x | 1\\|2 |\n\n---\n\nnone | such\n--"]
+    script.pieces = ["| a | b |\n|:--|--:|\n| x | 1\\|2 |\n\n---\n\nnone | such\n--\n\n```py\nx = 1\n```"]
     send(page, "Eins")
     page.wait_for_function("() => document.querySelectorAll('.turn').length === 2")
     answered(page)
@@ -96,3 +96,8 @@ def test_a_question_written_anew_takes_the_place_of_what_followed(site: Site, sc
     assert page.locator(".table .right").count() == 2 and page.locator(".body hr").count() == 1
     assert page.inner_text(".body p") == "none | such\n--"
     assert page.is_hidden("#changing") and page.locator(".to-go").count() == 0
+    assert page.inner_text("#chat-list .open") == "Eins"
+    page.evaluate("() => Object.defineProperty(navigator, 'clipboard', { value: undefined })")  # as on a plain network
+    page.click(".copy-code")
+    page.press("#question", "ControlOrMeta+v")
+    assert page.input_value("#question") == "x = 1"

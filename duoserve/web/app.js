@@ -1,7 +1,8 @@
 // The page: which conversation is shown, what is asked, what keys do. Answers are answer.js, what turns look like turns.js,
-// storage store.js, HTTP server.js, the engine's picture picture.js.
+// dialogs and toasts asides.js, storage store.js, HTTP server.js, the engine's picture picture.js.
 
 import { Answer } from "./answer.js";
+import * as asides from "./asides.js";
 import * as picture from "./picture.js";
 import * as server from "./server.js";
 import * as store from "./store.js";
@@ -23,7 +24,7 @@ let changing = -1; // the question that is being written anew
 // Turns
 
 const acts = {
-  copy: (n) => copy(chat.turns[n].text),
+  copy: (n) => asides.copy(chat.turns[n].text),
   edit: (n) => edit(n),
   retry: () => retry(),
   waiting: () => running.get(chat.id)?.waiting(look) ?? "Another tab is answering.",
@@ -52,15 +53,6 @@ function paintSoon(which) {
   });
 }
 
-async function copy(text) {
-  try {
-    await navigator.clipboard.writeText(text);
-    toast("Copied.");
-  } catch {
-    toast("The browser did not let us copy; select the text instead.");
-  }
-}
-
 // Stay at the end while the reader is there; leave them alone where they scrolled up.
 let atEnd = true;
 
@@ -78,7 +70,7 @@ const answerPage = {
   leaving: () => leaving,
   say: (which, text) => chat.id === which.id && say(text),
   failed: (which, error, what) => {
-    if (error.status === 401) askKey(() => chat.id === which.id && retry());
+    if (error.status === 401) asides.askKey(() => chat.id === which.id && retry());
     if (chat.id === which.id) say(what);
   },
 };
@@ -144,6 +136,7 @@ async function send(text) {
   if (!text || running.has(chat.id)) return;
   if (await answeredElsewhere(chat.id)) return problem(ELSEWHERE);
   problem("");
+  if (changing === 0) chat.title = ""; // it is another conversation now
   if (changing >= 0) chat.turns.splice(changing);
   chat.turns.push({ role: "user", text });
   clearQuestion();
@@ -218,7 +211,7 @@ async function show(id, focus = false) {
   sessionStorage.setItem("duoserve.shown", chat.id);
   atEnd = true;
   problem("");
-  document.body.classList.remove("chats-open");
+  uncover();
   paint();
   paintChats();
   showFigures();
@@ -260,7 +253,7 @@ function fresh() {
   if (changing >= 0) clearQuestion();
   chat = store.newChat();
   sessionStorage.removeItem("duoserve.shown");
-  document.body.classList.remove("chats-open");
+  uncover();
   problem("");
   paint();
   paintChats();
@@ -279,7 +272,7 @@ function removeChat(one) {
   const task = running.get(one.id);
   if (task) task.keep = () => {}; // what it still writes would bring the conversation back
   if (one.id === chat.id) fresh();
-  toast("Deleted.", () => {
+  asides.toast("Deleted.", () => {
     if (removed) store.save(removed);
     removed = null;
     paintChats();
@@ -305,35 +298,11 @@ function say(text) {
   at("said").textContent = text;
 }
 
-let toastTimer = 0;
-
-function toast(text, undo = null) {
-  at("toast-text").textContent = text;
-  at("toast-undo").hidden = undo === null;
-  at("toast-undo").onclick = () => {
-    undo();
-    at("toast").hidden = true;
-  };
-  at("toast").hidden = false;
-  clearTimeout(toastTimer);
-  toastTimer = setTimeout(() => (at("toast").hidden = true), undo ? 8000 : 2500);
-}
-
 function showFigures() {
   const figures = chat.turns.findLast((turn) => turn.figures)?.figures;
   at("ttft").textContent = figures ? `${figures.ttft.toFixed(2)} s` : "–";
   at("rate").textContent = figures?.rate ? figures.rate.toFixed(1) : "–";
   at("tokens").textContent = figures ? [figures.prompt, figures.tokens].filter((n) => n !== null).join(" + ") : "–";
-}
-
-let afterKey = null;
-
-function askKey(then) {
-  afterKey = then ?? afterKey;
-  if (at("key").open) return;
-  at("key").showModal();
-  at("key-value").value = "";
-  at("key-value").focus();
 }
 
 // The engine
@@ -375,7 +344,7 @@ async function sayWhy(error) {
   if (error.status === 401) {
     status("wait", "a key is needed");
     store.forgetKey(); // it was not the right one
-    if (!sessionStorage.getItem("duoserve.later")) askKey(null);
+    if (!sessionStorage.getItem("duoserve.later")) asides.askKey(null);
   } else if (error.code === "loading") {
     const { progress } = await server.health().catch(() => ({}));
     const share = progress?.share != null ? `, ${Math.round(100 * progress.share)} %` : "";
@@ -395,6 +364,7 @@ function status(state, text) {
 }
 
 const narrow = matchMedia("(max-width: 1080px)");
+const slim = matchMedia("(max-width: 760px)");
 
 function panelShown() {
   return narrow.matches ? document.body.classList.contains("panel-open") : !document.body.classList.contains("panel-shut");
@@ -410,6 +380,12 @@ function toggleChats() {
   const shown = document.body.classList.toggle("chats-open");
   at("show-chats").setAttribute("aria-expanded", String(shown));
   if (shown) at("new-chat").focus();
+}
+
+// What lies over the conversation goes; the panel only where it leaves nothing of it to work with.
+function uncover() {
+  if (document.body.classList.contains("chats-open")) toggleChats();
+  if (slim.matches && panelShown()) togglePanel();
 }
 
 // Input
@@ -435,7 +411,7 @@ function onKey(event) {
 function onEscape() {
   if (running.has(chat.id)) stop();
   else if (changing >= 0) stopChanging();
-  document.body.classList.remove("chats-open");
+  uncover();
   if (narrow.matches && panelShown()) togglePanel();
   at("question").focus();
 }
@@ -446,28 +422,8 @@ function stopChanging() {
   at("question").focus();
 }
 
-function openSettings() {
-  const { system, temperature, maxTokens } = store.settings();
-  at("system").value = system ?? "";
-  at("temperature").value = temperature ?? "";
-  at("max-tokens").value = maxTokens ?? "";
-  at("settings").showModal();
-}
-
-function keepSettings() {
-  const number = (id, least, most) => {
-    const value = at(id).value === "" ? null : Number(at(id).value);
-    return value === null || !Number.isFinite(value) ? null : Math.min(most, Math.max(least, value));
-  };
-  const maxTokens = number("max-tokens", 1, 2 ** 31 - 1);
-  store.saveSettings({
-    system: at("system").value.trim(),
-    temperature: number("temperature", 0, 2),
-    maxTokens: maxTokens === null ? null : Math.round(maxTokens),
-  });
-}
-
 function listen() {
+  asides.listen(hurryLook);
   at("ask").addEventListener("submit", (event) => {
     event.preventDefault();
     send(at("question").value);
@@ -487,28 +443,13 @@ function listen() {
   at("new-chat").addEventListener("click", fresh);
   at("show-chats").addEventListener("click", toggleChats);
   at("show-panel").addEventListener("click", togglePanel);
-  at("show-settings").addEventListener("click", openSettings);
-  at("settings").addEventListener("close", keepSettings);
+  document.querySelector("main").addEventListener("pointerdown", uncover);
+  at("show-settings").addEventListener("click", asides.openSettings);
   at("show-help").addEventListener("click", () => at("help").showModal());
-  at("key").addEventListener("close", () => {
-    const value = at("key-value").value.trim();
-    at("key-value").value = "";
-    if (!value) return sessionStorage.setItem("duoserve.later", "1"); // not to be asked at every look
-    sessionStorage.removeItem("duoserve.later");
-    store.saveKey(value);
-    hurryLook();
-    const then = afterKey;
-    afterKey = null;
-    return then?.();
-  });
-  at("key-later").addEventListener("click", () => {
-    at("key-value").value = "";
-    at("key").close();
-  });
   at("turns").addEventListener("toggle", paint, true); // a thought was opened: it is drawn only then
   at("turns").addEventListener("click", (event) => {
     const box = event.target.closest(".copy-code")?.closest(".code");
-    if (box) copy(box.querySelector("pre").textContent);
+    if (box) asides.copy(box.querySelector("pre").textContent);
   });
   at("scroll").addEventListener("scroll", () => {
     const box = at("scroll");
