@@ -101,13 +101,13 @@ class Server:
                 found = [each.to_dict() for each in self._client.models.list()]
             except (AttributeError, TypeError):  # what the client makes of any other site's page
                 found = []
-        names = [each["id"] for each in found if isinstance(each.get("id"), str)]
+        names = [str(each["id"]) for each in found if isinstance(each.get("id"), str)]
         if not names:
             raise Refusal("E_URL", f"{self.url} serves 0 models by OpenAI's API", "check the address", 3)
         self._ours = all(each.get("owned_by") == "duoserve" for each in found)
         if model is not None and model not in names:
             raise Refusal("E_URL", f"{self.url} serves {', '.join(names)}, not {model}", "leave the model out", 3)
-        return str(names[0])
+        return names[0]
 
 
 class RemoteConversation(Conversation):
