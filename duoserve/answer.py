@@ -5,7 +5,7 @@ options, tokens and seconds; knows nothing of how a model is run.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ import transformers
 
 from duoserve.core import Refusal, nearest
 from duoserve.sizing import CACHE
+from duoserve.stopping import special_ids
 
 DEFAULT_NEW_TOKENS = 512
 _OBJECTS = {"logits_processor", "stopping_criteria", "generation_config", "assistant_model", "past_key_values", CACHE}
@@ -34,6 +35,7 @@ class Answer:
     decode_tok_s: float | None
     finish: str
     token_ids: list[int] = field(default_factory=list, repr=False)
+    reasoning: str = ""  # what the model wrote for itself, where somebody told it apart
 
     def __str__(self) -> str:
         return self.text
@@ -42,8 +44,9 @@ class Answer:
 class Meter(transformers.TextStreamer):
     """Passes text on as it becomes whole words or lines, and notes when tokens came."""
 
-    def __init__(self, tokenizer: Any, on_text: Callable[[str], None] | None):
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None] | None, visible: Collection[int] = ()):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=not visible)
+        self._hidden = torch.tensor(sorted(special_ids(tokenizer) - set(visible)) if visible else [])
         self._on_text = on_text
         self._began = self._first = self._latest = 0.0
 
@@ -54,7 +57,14 @@ class Meter(transformers.TextStreamer):
         if not self.next_tokens_are_prompt:
             self._latest = time.perf_counter()
             self._first = self._first or self._latest
+            value = self._shown(value)
         super().put(value)
+
+    def decoded(self, ids: torch.Tensor) -> str:
+        return str(self.tokenizer.decode(self._shown(ids), **self.decode_kwargs))
+
+    def _shown(self, ids: torch.Tensor) -> torch.Tensor:
+        return ids[~torch.isin(ids, self._hidden.to(ids))] if len(self._hidden) else ids
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         if self._on_text and text:

@@ -8,7 +8,7 @@ import os
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from queue import SimpleQueue
 from typing import Any
 
@@ -112,13 +112,15 @@ class Engine:
         on_text: Callable[[str], None] | None = None,
         on_layer: Callable[[int, int], None] | None = None,
         cancelled: Callable[[], bool] | None = None,
+        visible: Collection[int] = (),
         **options: Any,
     ) -> Any:
         """Answer a text, or a list of chat messages ({"role", "content"}), with an `Answer`.
 
         `options` go to transformers' `generate` (max_new_tokens, do_sample, temperature, prompt_lookup_num_tokens, ...);
         unknown ones are refused. `on_text` receives the text piece by piece; `on_layer(done, all)` follows the reading of
-        the prompt; `cancelled` is asked after every token, and after every layer of the prompt.
+        the prompt; `cancelled` is asked after every token, and after every layer of the prompt. Special tokens are no text,
+        but for those that are `visible`.
         Called without a prompt, with `input_ids=`, this is `model.generate` itself and returns its tensor.
         """
         if isinstance(prompt, torch.Tensor):
@@ -128,7 +130,7 @@ class Engine:
                 return self.model.generate(**options)
         ids_1S = self.encode(prompt)
         limit = room(self.plan.ctx, ids_1S.shape[1], asked_tokens(options, ids_1S.shape[1]))
-        meter = Meter(self._text_tokenizer(), on_text)
+        meter = Meter(self._text_tokenizer(), on_text, visible)
         options = self._generation(options, meter, cancelled)
         with torch.inference_mode(), self._turn, self.runtime.following(on_layer, cancelled):
             meter.start()
@@ -306,7 +308,7 @@ class Engine:
     def _answer(self, meter: Meter, prompt_tokens: int, new_ids: torch.Tensor, limit: int, cancelled: bool) -> Answer:
         n = int(new_ids.shape[0])
         ended = n > 0 and int(new_ids[-1]) in self.ends
-        text = self._text_tokenizer().decode(new_ids, skip_special_tokens=True)
+        text = meter.decoded(new_ids)
         finish = "stop" if ended else "cancelled" if cancelled else "length" if n >= limit else "stop"
         return Answer(text, prompt_tokens, n, meter.ttft_s, meter.rate(n), finish, new_ids.tolist())
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from typing import Any
 
+import httpx
 import openai
 
 from duoserve.conversation import Conversation
@@ -31,17 +33,26 @@ class Server:
         *,
         on_text: Callable[[str], None] | None = None,
         on_layer: Callable[[int, int], None] | None = None,
+        on_reasoning: Callable[[str], None] | None = None,
         cancelled: Callable[[], bool] | None = None,
         **options: Any,
     ) -> Answer:
-        """As `Engine.generate` with messages; leaving the stream is what cancels. `on_layer` hears of tokens read."""
+        """As `Conversation.say` of these messages; leaving the stream is what cancels. `on_layer` hears of tokens read."""
         began, first, text, finish, usage = time.perf_counter(), 0.0, "", "cancelled", None
-        with _refusing(self.url), self._client.chat.completions.create(**self._asked(messages, options)) as stream:
+        reasoning = ""
+        with _refusing(self.url):
+            stream = self._client.chat.completions.create(**self._asked(messages, options))
+        with _refusing(self.url, begun=True), stream:
             for chunk in stream:
                 usage = chunk.usage or usage
                 if on_layer and (read := (chunk.model_extra or {}).get("prompt_progress")) and read["processed"]:
                     on_layer(read["processed"] - 1, read["total"])
                 for choice in chunk.choices:
+                    if thought := _reasoning(choice.delta):
+                        first = first or time.perf_counter()
+                        reasoning += thought
+                        if on_reasoning:
+                            on_reasoning(thought)
                     if choice.delta.content:
                         first = first or time.perf_counter()
                         text += choice.delta.content
@@ -54,7 +65,8 @@ class Server:
         now = time.perf_counter()
         prompt, new = (usage.prompt_tokens, usage.completion_tokens) if usage else (0, 0)
         rate = (new - 1) / (now - first) if new > 1 and now > first else None
-        self.last = Answer(text, prompt, new, first - began if first else 0.0, rate, finish)
+        ttft_s = first - began if first else 0.0
+        self.last = Answer(text, prompt, new, ttft_s, rate, finish, reasoning=reasoning)
         return self.last
 
     def stats(self) -> dict[str, Any]:
@@ -85,9 +97,14 @@ class Server:
 
     def _found(self, model: str | None) -> str:
         with _refusing(self.url):
-            found = list(self._client.models.list())
-        names = [each.id for each in found]
-        self._ours = all(each.owned_by == "duoserve" for each in found)
+            try:
+                found = [each.to_dict() for each in self._client.models.list()]
+            except (AttributeError, TypeError):  # what the client makes of any other site's page
+                found = []
+        names = [str(each["id"]) for each in found if isinstance(each.get("id"), str)]
+        if not names:
+            raise Refusal("E_URL", f"{self.url} serves 0 models by OpenAI's API", "check the address", 3)
+        self._ours = all(each.get("owned_by") == "duoserve" for each in found)
         if model is not None and model not in names:
             raise Refusal("E_URL", f"{self.url} serves {', '.join(names)}, not {model}", "leave the model out", 3)
         return names[0]
@@ -109,20 +126,34 @@ class RemoteConversation(Conversation):
     def seed(self, value: int) -> None:
         self.server.seed = value
 
+    def _answer(self, **options: Any) -> Answer:
+        return self.server.generate(self.prompt(), **options)
+
+
+def _reasoning(delta: Any) -> str | None:
+    """Beyond OpenAI's, by either of its usual names."""
+    more = delta.model_extra or {}
+    found = more.get("reasoning") or more.get("reasoning_content")
+    return found if isinstance(found, str) else None
+
 
 class _refusing:
-    """The client's errors as refusals of one line."""
+    """The client's errors as refusals of one line. `begun`: an answer was under way."""
 
-    def __init__(self, url: str):
-        self._url = url
+    def __init__(self, url: str, begun: bool = False):
+        self._url, self._begun = url, begun
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if isinstance(error, openai.APIConnectionError):
+        if isinstance(error, openai.APIConnectionError | httpx.HTTPError):
+            if self._begun:
+                raise Refusal("E_URL", f"the answer of {self._url} broke off", "see that it runs, then ask again", 3)
             raise Refusal("E_URL", f"nothing answers at {self._url}", "start `duoserve serve`, or check the address", 3)
         if isinstance(error, openai.APIError):
             body = error.body if isinstance(error.body, dict) else {}
             what = body.get("message") or str(error)
             raise Refusal("E_URL", f"the server says: {what}", "see its log, or ask for less", 3) from error
+        if isinstance(error, json.JSONDecodeError):
+            raise Refusal("E_URL", f"what {self._url} says is no JSON", "check the address", 3) from error

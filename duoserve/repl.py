@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 import threading
@@ -69,8 +70,11 @@ def answer_once(chat: Conversation, prompt: str, settings: dict[str, Any], as_js
 
 
 def figures(engine: Engine, answer: Answer | None) -> dict[str, Any]:
-    """The engine's stats, with the answer's text first."""
-    return {"text": answer.text if answer else "", "finish": answer.finish if answer else None} | engine.stats()
+    """The engine's stats, with the answer's text first, and the reasoning that led to it, where there was any."""
+    said: dict[str, Any] = {"text": answer.text if answer else "", "finish": answer.finish if answer else None}
+    if answer is not None and answer.reasoning:
+        said["reasoning"] = answer.reasoning
+    return said | engine.stats()
 
 
 def run(chat: Conversation, greeting: str, settings: dict[str, Any], as_json: bool) -> None:
@@ -107,7 +111,8 @@ def _stream(chat: Conversation, text: str | None, settings: dict[str, Any]) -> A
     options = _options(chat, settings)
     with _interruptible() as stop:
         show = _Progress(chat.unit)
-        watch = {"on_text": show.text, "on_layer": show.layer, "cancelled": stop.is_set}
+        watch: dict[str, Any] = {"on_text": show.text, "on_reasoning": show.reasoning}
+        watch |= {"on_layer": show.layer, "cancelled": stop.is_set}
         answer = chat.retry(**watch, **options) if text is None else chat.say(text, **watch, **options)
         show.end()
     if answer is None:
@@ -262,12 +267,21 @@ def _interruptible() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, former)
 
 
+CONTROLS = {n: "\N{REPLACEMENT CHARACTER}" for n in (*range(32), *range(127, 160)) if chr(n) not in "\n\t"}
+DIM, PLAIN = "\x1b[2m", "\x1b[22m"
+
+
 class _Progress:
-    """The answer on stdout as it comes; before it, in a terminal, how far the prompt has been read."""
+    """The answer on stdout as it comes; before it, in a terminal, how far the prompt has been read, and what the model
+    writes for itself, dim. Where stdout is no terminal, it has the answer alone.
+
+    What a terminal would obey is shown as a sign: a model is not to move the cursor or to write a clipboard.
+    """
 
     def __init__(self, unit: str) -> None:
-        self._shown, self._unit = 0, unit
-        self._terminal = sys.stderr.isatty()
+        self._shown, self._unit, self._thinking = 0, unit, False
+        self._terminal, self._screen = sys.stderr.isatty(), sys.stdout.isatty()
+        self._dim, self._plain = ("", "") if os.environ.get("TERM") == "dumb" else (DIM, PLAIN)
 
     def layer(self, done: int, layers: int) -> None:
         if self._terminal:
@@ -275,9 +289,18 @@ class _Progress:
             self._shown = len(line)
             print(f"\r{line}", end="", file=sys.stderr, flush=True)
 
+    def reasoning(self, piece: str) -> None:
+        if self._screen:
+            self._wipe()
+            self._thinking = True
+            print(f"{self._dim}{piece.translate(CONTROLS)}{self._plain}", end="", flush=True)
+
     def text(self, piece: str) -> None:
         self._wipe()
-        print(piece, end="", flush=True)
+        if self._thinking:
+            print("\n")
+            self._thinking = False
+        print(piece.translate(CONTROLS) if self._screen else piece, end="", flush=True)
 
     def end(self) -> None:
         self._wipe()

@@ -113,6 +113,7 @@ def _load(
 ) -> None:
     with pulsing(f"loading {host.name}") as pulse:
         import duoserve.api.handlers  # noqa: F401  (so that the first request need not wait for it)
+        from duoserve.api import grammar
         from duoserve.opening import load
         from duoserve.service import Limits, Service
 
@@ -121,9 +122,12 @@ def _load(
             pulse.tell(done, total, what)
 
         engine = load(model, progress=progress, predictor=predictor, **options)
-    host.ready(engine, Service(engine, Limits(**limits)))
+    service = Service(engine, Limits(**limits))
+    host.ready(engine, service)
     what = f"{limits['active']} at once, {limits['queue']} may wait"
     print(f"{host.name} is ready: {what}", file=sys.stderr, flush=True)
+    if engine.tokenizer is not None:
+        grammar.begin(engine.tokenizer, sorted(service.ends))
 
 
 def _run(host: Host, door: Any, listener: socket.socket, drain_s: float, load: Callable[[], None]) -> None:

@@ -120,11 +120,11 @@ def written(tokenizer: Any, name: str, asked: list[tuple[str, dict[str, Any]]]) 
     )
 
 
-def read(parser: Parser, text: str, cuts: list[int]) -> list[Delta]:
+def read(parser: Parser, text: str, cuts: list[int], finish: str = "stop") -> list[Delta]:
     found: list[Delta] = []
     for begin, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
         found += parser.put(text[begin:end])
-    return found + parser.end()
+    return found + parser.end(finish)
 
 
 @pytest.mark.parametrize("name", TEMPLATES)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import random
+import re
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import jsonschema
@@ -164,6 +166,48 @@ def test_an_answer_may_end_exactly_where_it_is_whole(tokenizer: Any) -> None:
             allowed_V = mask(torch.tensor(ids[:n], dtype=torch.long))
             assert bool(allowed_V[tokenizer.eos_token_id]) == (n == len(ids)), text
             assert n == len(ids) or allowed_V[ids[n]], (text, n)
+
+
+def test_blanks_are_bounded_and_indented_json_is_still_written(engine: Any, tokenizer: Any) -> None:
+    """The demo knows nothing of JSON: with 40 blanks allowed it filled each gap with them, until its length."""
+    schema = obj(name=STR, age={"type": "integer", "minimum": 0, "maximum": 150}, tags={"type": "array", "maxItems": 2})
+    service = Service(engine, Limits(active=3))
+    readers = [
+        Reader(
+            service,
+            ask(
+                engine,
+                "A person as JSON",
+                max_new=150,
+                sampling=Sampling(temperature=float(seed > 0), seed=seed),
+                mask=mask_for(asked(schema), tokenizer),
+            ),
+        )
+        for seed in range(3)
+    ]
+    gap = re.compile(r' |\r?\n[ \t]{0,24}|"(?:[^"\\]|\\.)*"|[^\s"]+')  # or what stands between gaps
+    for reader in readers:
+        assert reader.end().finish in ("stop", "length")
+        text = reader.text[: reader.text.rfind('"') + 1]
+        pieces = gap.findall(text)
+        assert "".join(pieces) == text and not any(a.isspace() and b.isspace() for a, b in pairwise(pieces)), text
+    assert any(reader.end().finish == "stop" for reader in readers)
+    service.close()
+    value = {"a": [1, {"b": [{"c": [True, {}]}]}], "d": {}}
+    for written in (json.dumps(value, indent=n, separators=s) for n, s in ((2, None), (3, None), (None, (",", ":")))):
+        mask, ids = mask_for({"type": "json_object"}, tokenizer), tokenizer(written)["input_ids"]
+        assert all(mask(torch.tensor(ids[:n], dtype=torch.long))[ids[n]] for n in range(len(ids))), written
+
+
+def test_what_compiles_grammars_can_be_begun_before_it_is_needed(tokenizer: Any) -> None:
+    grammar.begin(tokenizer, [0, 7])
+    mine = grammar._of(tokenizer, [7, 0])
+    process = mine._trial._process
+    assert process is not None and process.poll() is None and mine.kept_bytes
+    assert mask_for(asked(INT), tokenizer, [0, 7]) is not None and mine._trial._process is process
+    slow = type("Slow", (), {"is_fast": False, "eos_token_id": 0})()
+    grammar.begin(slow)  # it cannot be masked, which who asks is told
+    mine._trial.end()
 
 
 def test_a_mask_reads_each_token_once(tokenizer: Any) -> None:

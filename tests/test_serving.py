@@ -6,8 +6,10 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +21,8 @@ from servers import CHAT, Running, read_reply, running
 
 import duoserve
 from duoserve import cli
+from duoserve.core import Refusal
+from duoserve.remote import RemoteConversation, Server
 from duoserve.service import Limits
 
 ROOT = Path(__file__).parent.parent
@@ -166,3 +170,45 @@ def test_chat_talks_to_a_server(engine: Any, capfd: Any, monkeypatch: Any) -> No
 def run(monkeypatch: Any, *args: str) -> int:
     monkeypatch.setattr(sys, "argv", ["duoserve", *args])
     return cli._guarded()
+
+
+@contextmanager
+def saying(*replies: bytes) -> Iterator[str]:
+    """The address of one that says these things, whatever it is asked, and hangs up."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            for reply in replies:
+                connection, _ = listener.accept()
+                with connection:
+                    connection.recv(1 << 16)
+                    connection.sendall(b"HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-type: " + reply)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        thread.join(20)
+
+
+def of(kind: str, body: bytes) -> bytes:
+    return b"%b\r\ncontent-length: %d\r\n\r\n" % (kind.encode(), len(body)) + body
+
+
+def test_what_serves_no_models_is_told_in_one_line() -> None:
+    for reply in (of("text/html", b"<html>"), of("application/json", b"[7]"), of("application/json", b'{"data": []}')):
+        with saying(reply) as url, pytest.raises(Refusal, match=r"E_URL: .* serves 0 models by OpenAI's API; check"):
+            Server(url)
+
+
+def test_a_server_that_dies_in_an_answer_is_told_in_one_line() -> None:
+    """What came is not taken for an answer, and the chat goes on without it."""
+    chunk = {"id": "1", "object": "chat.completion.chunk", "created": 1, "model": "m"}
+    said = {**chunk, "choices": [{"index": 0, "delta": {"content": "Git is"}, "finish_reason": None}]}
+    models = b'{"object": "list", "data": [{"id": "m", "object": "model", "created": 1, "owned_by": "x"}]}'
+    stream = b"data: " + json.dumps(said).encode() + b"\n\n"
+    begun = b"text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n%x\r\n" % len(stream) + stream + b"\r\n"
+    with saying(of("application/json", models), begun) as url:
+        chat, heard = RemoteConversation(Server(url)), list[str]()
+        with pytest.raises(Refusal, match=r"E_URL: the answer of http://.* broke off; see that it runs"):
+            chat.say("What is Git?", on_text=heard.append)
+    assert heard == ["Git is"] and chat.messages == []

@@ -18,6 +18,8 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from duoserve.api.thoughts import Thought
+
 BLANK = " \n\r\t"
 OUTSIDE = set('{}[]:,"+-.' + string.ascii_letters + string.digits + BLANK)  # what JSON has outside strings
 NAMES = 256  # letters of a name, or of a head that contains one
@@ -116,9 +118,9 @@ class Malformed(Exception):
 
 
 class Parser:
-    """Reads one answer's text. `format` None: all of it is content."""
+    """Reads one answer's text: its `thought` first, where there is one. `format` None: all else is content."""
 
-    def __init__(self, format: Format | None):
+    def __init__(self, format: Format | None, thought: Thought | None = None):
         self._format = format
         self._out: list[Delta] = []
         self._pending = ""  # what may become a marker
@@ -126,8 +128,9 @@ class Parser:
         self._inside = ""  # of a call that has not begun yet: its letters
         self._begun = self._open = False
         self._unread = ""  # letters that were read and belong to what follows
+        self._thinking = self._thought = False  # inside a thought; it has letters
         self.calls = 0
-        self._reader = format.text(self) if format is not None else None
+        self._reader = self._answer(thought) if format is not None or thought is not None else None
         if self._reader is not None:
             next(self._reader)
 
@@ -144,10 +147,10 @@ class Parser:
         held, self._pending = self._pending, ""
         if not self._open and finish != "length":
             for letter in held:
-                self.say(letter)
+                (self.muse if self._thinking else self.say)(letter)
         if self._open and not self._begun and self._format is not None and self._format.bare:
             self._out.append(Content(self._inside))
-        if not self._open and self.calls == 0:
+        if not self._open and not self._thinking and self.calls == 0:
             self._out.append(Content(self._blank))
         self._blank = ""
         return self._taken()
@@ -185,6 +188,14 @@ class Parser:
     def think(self, letter: str) -> None:
         self._out.append(Reasoning(letter))
 
+    def muse(self, letter: str) -> None:
+        """A letter of a thought, without the white space around it."""
+        if letter in BLANK:
+            self._blank += letter if self._thought else ""
+        else:
+            self._out.append(Reasoning(self._blank + letter))
+            self._blank, self._thought = "", True
+
     def separate(self) -> None:
         """Another part of the answer begins."""
         self._blank = "\n\n"
@@ -206,6 +217,28 @@ class Parser:
         self._open = False
 
     # What formats read
+
+    def _answer(self, thought: Thought | None) -> Letters:
+        if thought is not None and (thought.begun or (yield from self._opened(thought.opens))):
+            self._thinking = True
+            yield from self.content_until(thought.closes, say=self.muse)
+            self._thinking, self._blank = False, ""
+            self.unread((yield from self.next()))
+        if self._format is not None:
+            yield from self._format.text(self)
+        while True:
+            self.say((yield from self.letter()))
+
+    def _opened(self, marker: str) -> Generator[None, str, bool]:
+        """Whether the answer begins with the marker; if not, all of it is still to be read."""
+        while marker.startswith(self._pending.lstrip(BLANK)):
+            if self._pending.endswith(marker):
+                self._pending = ""
+                return True
+            self._pending += yield from self.letter()
+        seen, self._pending = self._pending, ""
+        self.unread(seen)
+        return False
 
     def content_until(self, *markers: str, say: Callable[[str], None] | None = None) -> Generator[None, str, str]:
         """Everything up to one of the markers is content; returns which."""

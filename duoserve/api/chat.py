@@ -55,7 +55,7 @@ class Chat(Reply):
             )
             for choice in range(self._n)
         ]
-        self._told = [Told(prompt.format) for _ in range(self._n)]
+        self._told = [Told(prompt.format, prompt.thought) for _ in range(self._n)]
 
     def _hear(self, index: int, what: Event) -> None:
         if isinstance(what, Piece):

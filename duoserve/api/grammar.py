@@ -34,7 +34,7 @@ COMPILE_S = 2.0
 KEPT_BYTES = 256 << 20  # of compiled grammars, by `_Grammars.weight`
 WAIT_S = 10.0  # for others' grammars to be tried
 START_S = 30.0  # for the process to read the tokenizer
-BLANKS = r"[ \n\r\t]{1,40}"  # between JSON's tokens: room for an indented line, no room for an endless one
+BLANKS = r"( |\r?\n[ \t]{0,24})"  # between JSON's tokens: a space, or an indented line; a weak model fills what it may
 OURS = "x-guidance"  # what llguidance reads in a schema as instructions to itself
 
 
@@ -171,6 +171,14 @@ def mask_of(grammar: str, tokenizer: Any, ends: Sequence[int] | None = None) -> 
     return _of(tokenizer, ends).mask(grammar)
 
 
+def begin(tokenizer: Any, ends: Sequence[int] | None = None) -> None:
+    """Start what compiles grammars, and try one that is often asked for, so that the first request need not wait for it.
+    Nothing where this tokenizer cannot be masked: who asks will be told.
+    """
+    with contextlib.suppress(Refusal, Busy):
+        mask_for({"type": "json_object"}, tokenizer, ends)
+
+
 def marker_of(text: str, tokenizer: Any, ends: Sequence[int] | None = None) -> str:
     """`text` in a grammar: as the token that it is where the tokenizer has one for it, else letter by letter."""
     token = tokenizer.get_added_vocab().get(text)
@@ -180,7 +188,7 @@ def marker_of(text: str, tokenizer: Any, ends: Sequence[int] | None = None) -> s
 
 
 class _Trial:
-    """The process that tries grammars; started when first needed, and again where it was ended."""
+    """The process that tries grammars; started by `begin` or when first needed, and again where it was ended."""
 
     def __init__(self, tokenizer_json: str, ends: Sequence[int]):
         self._start = {"tokenizer": tokenizer_json, "ends": list(ends), "limit_s": COMPILE_S / 2}

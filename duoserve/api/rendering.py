@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 from duoserve.api.calls import Format
 from duoserve.api.errors import of_busy
 from duoserve.api.grammar import Mask
+from duoserve.api.thoughts import Thought
 from duoserve.api.tools import prepare
 from duoserve.core import Refusal
 from duoserve.engine import Engine
@@ -35,6 +36,7 @@ class Prompt(NamedTuple):
     mask: Mask | None = None
     format: Format | None = None
     visible: frozenset[int] = frozenset()
+    thought: Thought | None = None
 
 
 class Rendering:
@@ -75,7 +77,7 @@ class Rendering:
     ) -> Prompt:
         tokenizer = self._engine.tokenizer
         prepared = prepare(messages, tools, choice, tokenizer, self._ends, parallel, self._within, answer)
-        return Prompt(prepared.ids, prepared.mask, prepared.format, prepared.visible)
+        return Prompt(prepared.ids, prepared.mask, prepared.format, prepared.visible, prepared.thought)
 
     def _within(self, render: Callable[[], list[int]]) -> list[int]:
         with self._turn:

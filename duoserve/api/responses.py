@@ -81,7 +81,7 @@ class Responses(Reply):
                 client=client,
             )
         ]
-        self._told, self._items, self._number = Told(prompt.format), list[Item](), -1
+        self._told, self._items, self._number = Told(prompt.format, prompt.thought), list[Item](), -1
 
     def _hear(self, index: int, what: Event) -> None:
         for _ in self._tell(index, what):

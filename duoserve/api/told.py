@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from duoserve.api.calls import Call, Content, Delta, Format, Parser, Reasoning
+from duoserve.api.thoughts import Thought
 from duoserve.sampling import Logprob
 from duoserve.service import End, Piece
 
@@ -21,8 +22,8 @@ class Called:
 class Told:
     """What a choice has said so far."""
 
-    def __init__(self, format: Format | None):
-        self._parser = Parser(format)
+    def __init__(self, format: Format | None, thought: Thought | None = None):
+        self._parser = Parser(format, thought)
         self.text = self.reasoning = ""
         self.calls: list[Called] = []
         self.logprobs: list[Logprob] = []

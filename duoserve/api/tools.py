@@ -23,10 +23,12 @@ from duoserve.api.grammar import (
     mask_for,
     mask_of,
 )
+from duoserve.api.thoughts import Thought, thought_of
 from duoserve.core import Refusal
 from duoserve.stopping import special_ids
 
 MOST_TOOLS = 128
+LAST_WORDS = 16  # tokens of a prompt in which a thought may have been opened or closed
 NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 FUNCTION_FIELDS = {"name", "description", "parameters", "strict"}
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -47,7 +49,8 @@ class Tool(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """A request for the service: the prompt's ids, what may come, what reads it, special tokens that the reader must see.
+    """A request for the service: the prompt's ids, what may come, what reads it, special tokens that the reader must see,
+    and how the model thinks before it answers.
 
     For several answers of one request: `mask.again()` and `parser` for each.
     """
@@ -56,11 +59,12 @@ class Prepared(NamedTuple):
     mask: Mask | None
     format: Format | None
     visible: frozenset[int]
+    thought: Thought | None = None
 
     @property
     def parser(self) -> Parser:
         """A new one."""
-        return Parser(self.format)
+        return Parser(self.format, self.thought)
 
 
 def prepare(
@@ -93,7 +97,26 @@ def prepare(
             mask = mask_of(forced(format, chosen, tokenizer, ends, parallel), tokenizer, ends)
     shown = [tool.definition() for tool in known] if chosen else None
     ids = within(lambda: render(clean, shown, tokenizer))
-    return Prepared(ids, mask, format, _visible(format, tokenizer))
+    thought = _thought(format, ids, tokenizer) if mask is None else None  # what is held to a form begins with it
+    return Prepared(ids, mask, format, _visible(format, thought, tokenizer), thought)
+
+
+def plain_reader(ids: Sequence[int], tokenizer: Any) -> tuple[Parser | None, frozenset[int]]:
+    """What reads the answer to a prompt without tools, and the special tokens it must see; None: it is as it is written."""
+    if tokenizer is None:
+        return None, frozenset()
+    own = _own_format(tokenizer)
+    format = own if own is not None and own.always else None
+    thought = _thought(format, ids, tokenizer)
+    reads = format is not None or thought is not None
+    return Parser(format, thought) if reads else None, _visible(format, thought, tokenizer)
+
+
+def _thought(format: Format | None, ids: Sequence[int], tokenizer: Any) -> Thought | None:
+    if format is not None and format.always:  # it says itself what is thought
+        return None
+    end = tokenizer.decode(list(ids[-LAST_WORDS:]), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return thought_of("\n".join(_templates(tokenizer)), end)
 
 
 def _answer_mask(answer: Any, format: Format | None, tokenizer: Any, ends: Sequence[int] | None) -> Mask | None:
@@ -186,10 +209,14 @@ def _format(tokenizer: Any) -> Format:
 
 def _own_format(tokenizer: Any) -> Format | None:
     """What the model writes in, tools or not; None where that is not known."""
+    found = [format_of(text) for text in _templates(tokenizer)]
+    return next((format for format in found if isinstance(format, Format)), None)
+
+
+def _templates(tokenizer: Any) -> list[str]:
     template = tokenizer.chat_template
     texts = template.values() if isinstance(template, Mapping) else [template]
-    found = [format_of(text) for text in texts if isinstance(text, str)]
-    return next((format for format in found if isinstance(format, Format)), None)
+    return [text for text in texts if isinstance(text, str)]
 
 
 def _template(tokenizer: Any, tools: bool) -> str:
@@ -202,11 +229,12 @@ def _template(tokenizer: Any, tools: bool) -> str:
     return template
 
 
-def _visible(format: Format | None, tokenizer: Any) -> frozenset[int]:
-    """The format's markers, where they are tokens that text leaves out."""
-    if format is None:
+def _visible(format: Format | None, thought: Thought | None, tokenizer: Any) -> frozenset[int]:
+    """The markers of format and thought, where they are tokens that text leaves out."""
+    markers = (*(format.markers if format else ()), *((thought.opens, thought.closes) if thought else ()))
+    if not markers:
         return frozenset()
-    ids = (tokenizer.get_added_vocab().get(marker) for marker in format.markers)
+    ids = (tokenizer.get_added_vocab().get(marker) for marker in markers)
     return frozenset(special_ids(tokenizer).intersection(ids))
 
 

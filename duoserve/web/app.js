@@ -1,14 +1,14 @@
-// The page: which conversation is shown, what is asked, what keys do. Storage is store.js, HTTP server.js, text markdown.js,
-// the engine's picture picture.js.
+// The page: which conversation is shown, what is asked, what keys do. Answers are answer.js, what turns look like turns.js,
+// dialogs and toasts asides.js, storage store.js, HTTP server.js, the engine's picture picture.js.
 
-import { render } from "./markdown.js";
+import { Answer } from "./answer.js";
+import * as asides from "./asides.js";
 import * as picture from "./picture.js";
 import * as server from "./server.js";
 import * as store from "./store.js";
+import { paintTurns } from "./turns.js";
 
 const IDEAS = ["What is a list?", "How do I undo a commit in Git?", "Explain what an index does.", "Show a loop in Python."];
-const SAVE_MS = 400; // between writes of a growing answer
-const SAY_MS = 1500; // between sentences read out
 const LATE_MS = 500; // for what another tab wrote or let go of to be seen here
 const ELSEWHERE = "Another tab is answering in this conversation: wait for it, or start a new one here.";
 const LOOK_MS = { busy: 200, idle: 1500, hidden: 5000 };
@@ -19,70 +19,38 @@ const running = new Map(); // conversation id -> Answer, in this tab
 let look = null; // the last of the engine
 let leaving = false; // the page is being closed or loaded again, which breaks its requests
 let removed = null; // for Undo
+let changing = -1; // the question that is being written anew
 
 // Turns
 
+const acts = {
+  copy: (n) => asides.copy(chat.turns[n].text),
+  edit: (n) => edit(n),
+  retry: () => retry(),
+  waiting: () => running.get(chat.id)?.waiting(look) ?? "Another tab is answering.",
+};
+
 function paint() {
-  const list = at("turns");
   at("empty").hidden = chat.turns.length > 0;
-  chat.turns.forEach((turn, n) => paintTurn(list.children[n] ?? list.appendChild(newTurn()), turn, n === chat.turns.length - 1));
-  while (list.childElementCount > chat.turns.length) list.lastElementChild.remove();
+  paintTurns(at("turns"), chat.turns, changing, acts);
   const busy = running.has(chat.id);
   at("stop").hidden = !busy;
   at("send").hidden = busy;
+  at("changing").hidden = changing < 0;
   document.title = chat.title ? `${chat.title} – DuoServe` : "DuoServe";
   follow();
 }
 
-function newTurn() {
-  const line = document.createElement("li");
-  line.className = "turn";
-  for (const [tag, name] of [["h3", "who"], ["div", "body"], ["p", "note"], ["div", "actions"]]) {
-    line.appendChild(document.createElement(tag)).className = name;
-  }
-  return line;
-}
+// At most once a frame, whatever comes.
+let due = 0;
 
-function paintTurn(line, turn, isLast) {
-  line.dataset.role = turn.role;
-  line.dataset.state = turn.state ?? "";
-  line.querySelector(".who").textContent = turn.role === "user" ? "You" : "Model";
-  const body = line.querySelector(".body");
-  body.setAttribute("aria-busy", String(turn.state === "streaming"));
-  if (turn.role === "user") body.textContent = turn.text;
-  else render(body, turn.text);
-  line.querySelector(".note").textContent = noteOf(turn);
-  paintActions(line.querySelector(".actions"), turn, isLast);
-}
-
-function noteOf(turn) {
-  if (turn.state === "streaming") return turn.text ? "" : (running.get(chat.id)?.waiting() ?? "Another tab is answering.");
-  if (turn.state === "stopped") return "Stopped.";
-  if (turn.state === "broken") return turn.problem || "Interrupted. Press Retry.";
-  if (turn.finish === "length") return "Cut off: the most tokens that were asked for, or that fit.";
-  return turn.role === "assistant" && !turn.text ? "The model ended without a word." : "";
-}
-
-function paintActions(box, turn, isLast) {
-  const wanted = turn.role === "user" || turn.state === "streaming" ? [] : [...(turn.text ? ["Copy"] : []), ...(isLast ? ["Retry"] : [])];
-  if (wanted.join() === [...box.children].map((one) => one.textContent).join()) return;
-  box.replaceChildren(...wanted.map((name) => {
-    const button = document.createElement("button");
-    button.type = "button";
-    button.className = "text";
-    button.textContent = name;
-    button.addEventListener("click", () => (name === "Copy" ? copy(turn.text) : retry()));
-    return button;
-  }));
-}
-
-async function copy(text) {
-  try {
-    await navigator.clipboard.writeText(text);
-    toast("Copied.");
-  } catch {
-    toast("The browser did not let us copy; select the text instead.");
-  }
+function paintSoon(which) {
+  if (due || chat.id !== which.id) return;
+  due = requestAnimationFrame(() => {
+    due = 0;
+    paint();
+    showFigures();
+  });
 }
 
 // Stay at the end while the reader is there; leave them alone where they scrolled up.
@@ -96,144 +64,16 @@ function follow() {
 
 // Answers
 
-// One answer on its way into `turn`, the last of its conversation.
-class Answer {
-  constructor(asked) {
-    this.chat = asked;
-    this.turn = { role: "assistant", text: "", state: "streaming" };
-    this.abort = new AbortController();
-    this.began = performance.now();
-    this.first = this.latest = null;
-    this.pieces = 0;
-    this.progress = null;
-    this.keeping = 0; // the timer of a write
-    this.said = 0;
-    this.spoken = 0; // characters read out
-    this.due = 0; // a paint that was asked for
-  }
-
-  async run() {
-    const asked = messages(this.chat.turns);
-    this.chat.turns.push(this.turn);
-    this.keep();
-    this.paint();
-    try {
-      const body = { model: await modelName(), messages: asked, ...options() };
-      for await (const said of server.answer(body, this.abort.signal)) this.hear(said);
-      this.turn.state = "done";
-    } catch (error) {
-      this.fail(error);
-    }
-    this.measure();
-    this.sayRest();
-    if (!leaving) this.keep(); // while no other tab may take the conversation for abandoned
-  }
-
-  hear({ text, progress, finish, usage }) {
-    if (text !== undefined) {
-      this.latest = performance.now();
-      this.first ??= this.latest;
-      this.pieces += 1;
-      this.turn.text += text;
-    }
-    if (progress !== undefined) this.progress = progress;
-    if (finish !== undefined) this.turn.finish = finish;
-    if (usage !== undefined) this.usage = usage;
-    this.keeping ||= setTimeout(() => this.keep(), SAVE_MS);
-    this.measure();
-    this.say();
-    this.paint();
-  }
-
-  fail(error) {
-    if (leaving) return; // what the next page makes of it: interrupted
-    if (error.name === "AbortError") {
-      this.turn.state = "stopped";
-      return;
-    }
-    this.turn.state = "broken";
-    this.turn.problem = error instanceof server.Problem ? error.message : `The page failed (${error.message}). Press Retry.`;
-    if (error.status === 401) askKey(() => chat.id === this.chat.id && retry());
-    say(this.turn.problem);
-  }
-
-  // What to say before there is text: a prompt may take long.
-  waiting() {
-    const { total, processed } = this.progress ?? {};
-    if (total) return `Reading the prompt: ${processed} of ${total} tokens.`;
-    if (look?.requests.queued) return `Waiting for a place: ${look.requests.queued} in the queue.`;
-    const reading = look?.requests.reading ?? [];
-    const [read, all] = [0, 1].map((n) => reading.reduce((sum, one) => sum + one[n], 0));
-    if (all) return `Reading ${reading.length > 1 ? `${reading.length} prompts` : "the prompt"}: ${read} of ${all} tokens.`;
-    return "Waiting for the first token.";
-  }
-
-  measure() {
-    const tokens = this.usage?.completion_tokens ?? this.pieces;
-    if (this.first === null) return;
-    const seconds = (this.latest - this.first) / 1000;
-    this.turn.figures = {
-      ttft: (this.first - this.began) / 1000,
-      rate: tokens > 1 && seconds > 0 ? (tokens - 1) / seconds : null,
-      tokens,
-      prompt: this.usage?.prompt_tokens ?? null,
-    };
-  }
-
-  keep() {
-    clearTimeout(this.keeping);
-    this.keeping = 0;
-    if (!store.save(this.chat)) problem("The browser's storage is full: delete a conversation, this one is not kept.");
-  }
-
-  paint() {
-    if (this.due || chat.id !== this.chat.id) return;
-    this.due = requestAnimationFrame(() => {
-      this.due = 0;
-      if (chat.id !== this.chat.id) return;
-      paint();
-      showFigures();
-    });
-  }
-
-  // Whole sentences for those who listen, not every token.
-  say() {
-    if (performance.now() - this.said < SAY_MS) return;
-    const rest = this.turn.text.slice(this.spoken);
-    const end = Math.max(rest.lastIndexOf(". "), rest.lastIndexOf("\n")) + 1;
-    if (end > 0) this.speak(end);
-  }
-
-  sayRest() {
-    this.speak(this.turn.text.length - this.spoken);
-  }
-
-  speak(n) {
-    this.said = performance.now();
-    if (chat.id === this.chat.id && n > 0) say(this.turn.text.slice(this.spoken, this.spoken + n));
-    this.spoken += n;
-  }
-}
-
-// What the model is to read: turns that were answered, and the last question. One that nothing was said to would put two
-// questions in a row, which many templates refuse.
-function messages(turns) {
-  const found = [];
-  turns.forEach((turn, n) => {
-    const answer = turns[n + 1];
-    if (turn.role === "user" && (!answer || answer.text)) {
-      found.push({ role: "user", content: turn.text });
-      if (answer?.text) found.push({ role: "assistant", content: answer.text });
-    }
-  });
-  const system = store.settings().system;
-  return system ? [{ role: "system", content: system }, ...found] : found;
-}
-
-function options() {
-  const { temperature, maxTokens } = store.settings();
-  return { ...(temperature != null ? { temperature } : {}), ...(maxTokens != null ? { max_tokens: maxTokens } : {}) };
-}
+const answerPage = {
+  paint: paintSoon,
+  problem: (text) => problem(text),
+  leaving: () => leaving,
+  say: (which, text) => chat.id === which.id && say(text),
+  failed: (which, error, what) => {
+    if (error.status === 401) asides.askKey(() => chat.id === which.id && retry());
+    if (chat.id === which.id) say(what);
+  },
+};
 
 let model = null;
 
@@ -252,11 +92,11 @@ async function modelName() {
 async function answer() {
   const asked = chat;
   if (running.has(asked.id)) return;
-  const task = new Answer(asked);
+  const task = new Answer(asked, answerPage);
   running.set(asked.id, task);
   atEnd = true;
   try {
-    await alone(asked.id, () => task.run());
+    await alone(asked.id, () => task.run(modelName));
   } finally {
     if (running.get(asked.id) === task) running.delete(asked.id);
     if (chat.id === asked.id) {
@@ -296,17 +136,42 @@ async function send(text) {
   if (!text || running.has(chat.id)) return;
   if (await answeredElsewhere(chat.id)) return problem(ELSEWHERE);
   problem("");
+  if (changing === 0) chat.title = ""; // it is another conversation now
+  if (changing >= 0) chat.turns.splice(changing);
   chat.turns.push({ role: "user", text });
-  at("question").value = "";
-  grow();
+  clearQuestion();
   store.save(chat);
   paintChats();
   await answer();
 }
 
+// A question is written anew where questions are written; sending it takes the place of all that follows.
+function edit(n) {
+  if (running.has(chat.id)) return;
+  changing = n;
+  at("question").value = chat.turns[n].text;
+  grow();
+  at("question").focus();
+  paint();
+}
+
+function editLast(event) {
+  const n = chat.turns.findLastIndex((turn) => turn.role === "user");
+  if (n < 0) return;
+  event.preventDefault();
+  edit(n);
+}
+
+function clearQuestion() {
+  changing = -1;
+  at("question").value = "";
+  grow();
+}
+
 async function retry() {
   if (running.has(chat.id) || !chat.turns.length || (await answeredElsewhere(chat.id))) return;
   problem("");
+  if (changing >= 0) clearQuestion();
   if (chat.turns.at(-1).role === "assistant") chat.turns.pop();
   await answer();
 }
@@ -341,11 +206,12 @@ function paintChats() {
 }
 
 async function show(id, focus = false) {
+  if (changing >= 0) clearQuestion();
   chat = running.get(id)?.chat ?? store.load(id) ?? store.newChat();
   sessionStorage.setItem("duoserve.shown", chat.id);
   atEnd = true;
   problem("");
-  document.body.classList.remove("chats-open");
+  uncover();
   paint();
   paintChats();
   showFigures();
@@ -384,9 +250,10 @@ async function whenFree(id) {
 }
 
 function fresh() {
+  if (changing >= 0) clearQuestion();
   chat = store.newChat();
   sessionStorage.removeItem("duoserve.shown");
-  document.body.classList.remove("chats-open");
+  uncover();
   problem("");
   paint();
   paintChats();
@@ -405,7 +272,7 @@ function removeChat(one) {
   const task = running.get(one.id);
   if (task) task.keep = () => {}; // what it still writes would bring the conversation back
   if (one.id === chat.id) fresh();
-  toast("Deleted.", () => {
+  asides.toast("Deleted.", () => {
     if (removed) store.save(removed);
     removed = null;
     paintChats();
@@ -431,35 +298,11 @@ function say(text) {
   at("said").textContent = text;
 }
 
-let toastTimer = 0;
-
-function toast(text, undo = null) {
-  at("toast-text").textContent = text;
-  at("toast-undo").hidden = undo === null;
-  at("toast-undo").onclick = () => {
-    undo();
-    at("toast").hidden = true;
-  };
-  at("toast").hidden = false;
-  clearTimeout(toastTimer);
-  toastTimer = setTimeout(() => (at("toast").hidden = true), undo ? 8000 : 2500);
-}
-
 function showFigures() {
   const figures = chat.turns.findLast((turn) => turn.figures)?.figures;
   at("ttft").textContent = figures ? `${figures.ttft.toFixed(2)} s` : "–";
   at("rate").textContent = figures?.rate ? figures.rate.toFixed(1) : "–";
   at("tokens").textContent = figures ? [figures.prompt, figures.tokens].filter((n) => n !== null).join(" + ") : "–";
-}
-
-let afterKey = null;
-
-function askKey(then) {
-  afterKey = then ?? afterKey;
-  if (at("key").open) return;
-  at("key").showModal();
-  at("key-value").value = "";
-  at("key-value").focus();
 }
 
 // The engine
@@ -478,7 +321,7 @@ async function lookAgain() {
     if (model === null) await modelName();
     if (panelShown()) picture.show(look);
     const task = running.get(chat.id);
-    if (task && !task.turn.text) task.paint();
+    if (task && !task.turn.text) paintSoon(task.chat);
   } catch (error) {
     look = null;
     await sayWhy(error);
@@ -501,7 +344,7 @@ async function sayWhy(error) {
   if (error.status === 401) {
     status("wait", "a key is needed");
     store.forgetKey(); // it was not the right one
-    if (!sessionStorage.getItem("duoserve.later")) askKey(null);
+    if (!sessionStorage.getItem("duoserve.later")) asides.askKey(null);
   } else if (error.code === "loading") {
     const { progress } = await server.health().catch(() => ({}));
     const share = progress?.share != null ? `, ${Math.round(100 * progress.share)} %` : "";
@@ -521,6 +364,7 @@ function status(state, text) {
 }
 
 const narrow = matchMedia("(max-width: 1080px)");
+const slim = matchMedia("(max-width: 760px)");
 
 function panelShown() {
   return narrow.matches ? document.body.classList.contains("panel-open") : !document.body.classList.contains("panel-shut");
@@ -536,6 +380,12 @@ function toggleChats() {
   const shown = document.body.classList.toggle("chats-open");
   at("show-chats").setAttribute("aria-expanded", String(shown));
   if (shown) at("new-chat").focus();
+}
+
+// What lies over the conversation goes; the panel only where it leaves nothing of it to work with.
+function uncover() {
+  if (document.body.classList.contains("chats-open")) toggleChats();
+  if (slim.matches && panelShown()) togglePanel();
 }
 
 // Input
@@ -560,38 +410,26 @@ function onKey(event) {
 
 function onEscape() {
   if (running.has(chat.id)) stop();
-  document.body.classList.remove("chats-open");
+  else if (changing >= 0) stopChanging();
+  uncover();
   if (narrow.matches && panelShown()) togglePanel();
   at("question").focus();
 }
 
-function openSettings() {
-  const { system, temperature, maxTokens } = store.settings();
-  at("system").value = system ?? "";
-  at("temperature").value = temperature ?? "";
-  at("max-tokens").value = maxTokens ?? "";
-  at("settings").showModal();
-}
-
-function keepSettings() {
-  const number = (id, least, most) => {
-    const value = at(id).value === "" ? null : Number(at(id).value);
-    return value === null || !Number.isFinite(value) ? null : Math.min(most, Math.max(least, value));
-  };
-  const maxTokens = number("max-tokens", 1, 2 ** 31 - 1);
-  store.saveSettings({
-    system: at("system").value.trim(),
-    temperature: number("temperature", 0, 2),
-    maxTokens: maxTokens === null ? null : Math.round(maxTokens),
-  });
+function stopChanging() {
+  clearQuestion();
+  paint();
+  at("question").focus();
 }
 
 function listen() {
+  asides.listen(hurryLook);
   at("ask").addEventListener("submit", (event) => {
     event.preventDefault();
     send(at("question").value);
   });
   at("question").addEventListener("keydown", (event) => {
+    if (event.key === "ArrowUp" && !event.altKey && !at("question").value) return editLast(event);
     if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
     event.preventDefault();
     send(at("question").value);
@@ -601,30 +439,17 @@ function listen() {
     stop();
     at("question").focus();
   });
+  at("stop-changing").addEventListener("click", stopChanging);
   at("new-chat").addEventListener("click", fresh);
   at("show-chats").addEventListener("click", toggleChats);
   at("show-panel").addEventListener("click", togglePanel);
-  at("show-settings").addEventListener("click", openSettings);
-  at("settings").addEventListener("close", keepSettings);
+  document.querySelector("main").addEventListener("pointerdown", uncover);
+  at("show-settings").addEventListener("click", asides.openSettings);
   at("show-help").addEventListener("click", () => at("help").showModal());
-  at("key").addEventListener("close", () => {
-    const value = at("key-value").value.trim();
-    at("key-value").value = "";
-    if (!value) return sessionStorage.setItem("duoserve.later", "1"); // not to be asked at every look
-    sessionStorage.removeItem("duoserve.later");
-    store.saveKey(value);
-    hurryLook();
-    const then = afterKey;
-    afterKey = null;
-    return then?.();
-  });
-  at("key-later").addEventListener("click", () => {
-    at("key-value").value = "";
-    at("key").close();
-  });
+  at("turns").addEventListener("toggle", paint, true); // a thought was opened: it is drawn only then
   at("turns").addEventListener("click", (event) => {
     const box = event.target.closest(".copy-code")?.closest(".code");
-    if (box) copy(box.querySelector("pre").textContent);
+    if (box) asides.copy(box.querySelector("pre").textContent);
   });
   at("scroll").addEventListener("scroll", () => {
     const box = at("scroll");

@@ -1,10 +1,13 @@
-// Text of a model as elements: paragraphs, headings, lists, quotes, code, bold, italic. What the model wrote only ever
+// Text of a model as elements: paragraphs, headings, lists, quotes, tables, rules, code, bold, italic. What the model wrote only ever
 // becomes text nodes; no markup of its own, no links and no pictures are made of it. Knows nothing of the page.
 
 const FENCE = /^ {0,3}(```+|~~~+)\s{0,8}([\w+#.-]{0,32})[^`]*$/;
 const HEADING = /^ {0,3}(#{1,6})\s+(.*)$/;
 const ITEM = /^(\s*)([-*+]|\d{1,9}[.)])\s+(.*)$/;
 const QUOTE = /^ {0,3}>\s?(.*)$/;
+const RULE = /^ {0,3}([-*_])(?: {0,3}\1){2,80} {0,8}$/;
+const UNDER = /^ {0,3}\|?(?: {0,40}:?-{1,200}:? {0,40}\|){0,64} {0,40}:?-{1,200}:? {0,40}\|? {0,8}$/; // a table's second line
+const COLUMNS = 64;
 // Bounded stretches: a hostile text must not make this slow.
 const INLINE =
   /(`{1,8})(?!`)([^]{0,2000}?[^`])\1(?!`)|\*\*(?=\S)([^]{0,2000}?\S)\*\*|(?<![\w*])\*(?=[^\s*])([^*\n]{0,500}?[^\s*])\*(?![\w*])/g;
@@ -48,9 +51,10 @@ function split(text) {
     } else if (line.trim() === "") {
       close();
     } else {
-      if (HEADING.test(line) || startsOther(lines, line)) close();
+      const alone = HEADING.test(line) || RULE.test(line);
+      if (alone || startsOther(lines, line)) close();
       lines.push(line);
-      if (HEADING.test(line)) close();
+      if (alone) close();
     }
   }
   close();
@@ -70,7 +74,10 @@ function block(lines, depth) {
   if (fence) return code(lines, fence);
   const heading = HEADING.exec(lines[0]);
   if (heading) return inline(element(`h${Math.min(6, heading[1].length + 2)}`), heading[2]);
+  if (RULE.test(lines[0])) return element("hr");
   if (ITEM.test(lines[0])) return list(lines);
+  const head = lines.length > 1 && lines[0].includes("|") && lines[1].includes("|") && UNDER.test(lines[1]);
+  if (head && cells(lines[0]).length === cells(lines[1]).length) return table(lines);
   if (QUOTE.test(lines[0]) && depth < DEEPEST) {
     const quote = element("blockquote");
     render(quote, lines.map((line) => QUOTE.exec(line)?.[1] ?? line).join("\n"), depth + 1);
@@ -92,6 +99,29 @@ function code(lines, [, mark, language]) {
   pre.tabIndex = 0; // it scrolls
   pre.appendChild(element("code")).textContent = body;
   return box;
+}
+
+// Rows as wide as the first one; it scrolls where it is wider than the page.
+function table(lines) {
+  const box = element("div", "table");
+  box.tabIndex = 0;
+  const made = box.appendChild(element("table"));
+  const sides = cells(lines[1]).map((mark) => (!mark.endsWith(":") ? "" : mark.startsWith(":") ? "center" : "right"));
+  made.appendChild(element("thead")).append(row("th", lines[0], sides));
+  made.appendChild(element("tbody")).append(...lines.slice(2).map((line) => row("td", line, sides)));
+  return box;
+}
+
+function row(name, line, sides) {
+  const texts = cells(line);
+  const made = element("tr");
+  made.append(...sides.map((side, n) => inline(element(name, side), texts[n] ?? "")));
+  return made;
+}
+
+function cells(line) {
+  const inner = line.trim().replace(/^\|/, "").replace(/(?<!\\)\|$/, "");
+  return inner.split(/(?<!\\)\|/, COLUMNS).map((text) => text.trim().replaceAll("\\|", "|"));
 }
 
 // Items by their indent; a line without a mark goes on with the item before it.

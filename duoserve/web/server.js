@@ -27,7 +27,7 @@ export async function health() {
   return response.json();
 }
 
-// Yields {text} | {progress} | {finish} | {usage} until the answer is whole; raises Problem, or AbortError once `signal` says so.
+// Yields {text} | {reasoning} | {progress} | {finish} | {usage} until the answer is whole; raises Problem, or AbortError once `signal` says so.
 export async function* answer(body, signal) {
   const response = await request("v1/chat/completions", {
     method: "POST",
@@ -51,6 +51,8 @@ export async function* answer(body, signal) {
 function* parts(chunk) {
   const choice = chunk.choices?.[0];
   if (chunk.prompt_progress) yield { progress: chunk.prompt_progress };
+  const reasoning = choice?.delta?.reasoning ?? choice?.delta?.reasoning_content; // beyond OpenAI's, by either name
+  if (typeof reasoning === "string" && reasoning) yield { reasoning };
   if (choice?.delta?.content) yield { text: choice.delta.content };
   if (choice?.finish_reason) yield { finish: choice.finish_reason };
   if (chunk.usage) yield { usage: chunk.usage };
