@@ -30,7 +30,7 @@ from duoserve.config import parse_share, parse_size, size
 from duoserve.contest import STEADY, Contender, Course
 from duoserve.matrix import INTERPRETER, Matrix, Subject, llama_cpp, ours, peer, study
 from duoserve.peers import LLAMA_CPP, chosen
-from duoserve.prompts import prompt_set
+from duoserve.prompts import Prompt, PromptSet, prompt_set
 
 
 def measure(
@@ -39,7 +39,7 @@ def measure(
     """Rows of results: ours and the peers within the cap, and stock transformers without one."""
     options: dict[str, Any] = {"format": "int4", "cache_dir": str(folder / "cache")}
     asked = Matrix(
-        policies=["duoserve"], residencies=[share], sets=[prompt_set("all")], batches=[1], peers=["stock"],
+        policies=["duoserve"], residencies=[share], sets=[long_prompts(prompt_tokens)], batches=[1], peers=["stock"],
         cap=cap, routes="uniform", course=course, limit_tokens=prompt_tokens,
     )  # fmt: skip
     subject = study(str(folder), asked, options)
@@ -49,6 +49,15 @@ def measure(
         profile = doctor.quick_profile(str(folder / "cache"))
     contenders = [*our_rows(subject, asked, options), *peer_rows(subject, asked, options, _peers(wanted, folder))]
     return benching.run(subject, contenders, asked, profile, options, say)
+
+
+def long_prompts(length: int) -> PromptSet:
+    """The shipped prompts in turn, each with those behind it until it has so many letters: a byte is a token here."""
+    known = prompt_set("all")
+    texts = [p.content if isinstance(p.content, str) else p.content[-1]["content"] for p in known.prompts]
+    whole = ["\n\n".join(texts[i:] + texts[:i])[:length] for i in range(len(texts))]
+    joined = [Prompt(p.id, p.domain, text) for p, text in zip(known.prompts, whole, strict=True)]
+    return PromptSet("all, joined", known.sha256, joined)
 
 
 def our_rows(subject: Subject, asked: Matrix, options: dict[str, Any]) -> Iterator[Contender]:

@@ -35,16 +35,16 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return folder, gguf_file.make(folder, folder / "toy.gguf", "f32")
 
 
-def of_llama(gguf: Path, **changes: Any) -> Contender:
+def of_llama(file: Path, **changes: Any) -> Contender:
     options = {
-        "gguf": str(gguf),
+        "gguf": str(file),
         "threads": 1,
         "ctx": 32,
         "sequences": 2,
         "repack": True,
         "expects": {"layers": 3, "hidden": 64},
     }
-    return Contender("llama.cpp", "llama.cpp", None, str(gguf), options | changes)
+    return Contender("llama.cpp", "llama.cpp", None, str(file), options | changes)
 
 
 def test_its_logits_are_the_stock_models(model: tuple[Path, Path]) -> None:
