@@ -66,7 +66,8 @@ def our_rows(subject: Subject, asked: Matrix, options: dict[str, Any]) -> Iterat
     name = f"duoserve int4 {share:.0%}"
     yield ours(f"{name}, {_within(asked.cap)}", subject, share, "duoserve", asked, options)
     real = replace(asked, routes="real")
-    yield ours(f"{name}, {_within(asked.cap)}, its own routes", subject, share, "duoserve", real, options)
+    if share < 1:  # else all routes hit
+        yield ours(f"{name}, {_within(asked.cap)}, its own routes", subject, share, "duoserve", real, options)
 
 
 def peer_rows(
