@@ -47,7 +47,8 @@ def bench(
     cap: Annotated[
         str | None, typer.Option(help="Memory of each process, such as 900MB, page cache included; needs root.")
     ] = None,
-    peers: Annotated[str, typer.Option(help="none, all that are installed, or stock,accelerate.")] = "none",
+    peers: Annotated[str, typer.Option(help="none, all that are installed, or stock,accelerate,llama.cpp.")] = "none",
+    gguf: Annotated[Path | None, typer.Option("--gguf", help="The same model for the peer llama.cpp.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write JSON lines there.")] = None,
     compare: Annotated[Path | None, typer.Option(help="A file that --output wrote: ratios to it.")] = None,
     routes: Annotated[
@@ -64,12 +65,13 @@ def bench(
         residencies=_shares(residency),
         sets=[prompt_set(name.strip()) for name in prompts.split(",")],
         batches=[_number("batch", text, MAX_BATCH) for text in batch.split(",")],
-        peers=chosen(peers),
+        peers=chosen(peers, gguf),
         cap=_cap(cap),
         routes=one_of("routes", routes, ROUTES),
         course=Course(_number("repetitions", repetitions, 1000), STEADY, _number("new-tokens", new_tokens, MAX_NEW, 2)),
         limit_tokens=limit_tokens,
         predictor=predictor,
+        gguf=gguf,
     )
     if not matrix.policies and not matrix.peers:
         raise Refusal("E_OPTION", "0 policies and 0 peers are to be run", "name some: --policies duoserve")

@@ -86,9 +86,9 @@ def drop_page_cache() -> None:
     Path("/proc/sys/vm/drop_caches").write_text("3")
 
 
-def forget_files(folder: Path) -> None:
-    """Let the page cache drop what it holds of a folder's files; pages that a process has mapped stay."""
-    for path in sorted(folder.rglob("*")):
+def forget_files(of: Path) -> None:
+    """Let the page cache drop what it holds of a file, or of a folder's; pages that a process has mapped stay."""
+    for path in [of, *sorted(of.rglob("*"))]:
         if path.is_file():
             file = os.open(path, os.O_RDONLY)
             try:

@@ -14,15 +14,11 @@ Each is answered by one line of JSON, {"error": ...} where it failed. Both kinds
 from __future__ import annotations
 
 import gc
-import json
-import os
-import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 import transformers
@@ -36,24 +32,11 @@ from duoserve.engine import Engine
 from duoserve.future import Future
 from duoserve.moe import OffloadedExperts
 from duoserve.peers import open_peer
+from duoserve.stopwatch import Clock, Counts, attend, peak_rss, read_bytes
 from duoserve.system import give_back, use_threads
 
 OURS = "duoserve"
 SEED = 0  # of uniform routes
-
-
-class Counts(NamedTuple):
-    """Since loading. `moved` and `busy_s` of the link; `read` from disk by this process, whoever asked."""
-
-    hits: int = 0
-    in_flight: int = 0
-    misses: int = 0
-    moved: int = 0
-    busy_s: float = 0.0
-    read: int = 0
-
-    def since(self, before: Counts) -> dict[str, float]:
-        return {name: now - then for name, now, then in zip(self._fields, self, before, strict=True)}
 
 
 class Subject(Protocol):
@@ -97,7 +80,7 @@ class Ours:
     def counts(self) -> Counts:
         counts, copy = self.engine.runtime.transfer.counts(), self.engine.device.copy
         asked = (counts.hits, counts.in_flight, counts.misses)
-        return Counts(*asked, int(copy.cost_done), copy.busy_s, _read_bytes())
+        return Counts(*asked, int(copy.cost_done), copy.busy_s, read_bytes())
 
     def stalls(self) -> dict[str, float]:
         return dict(self.engine.stats().get("stall_s") or {})
@@ -131,7 +114,7 @@ class Peer:
         }
 
     def counts(self) -> Counts:
-        return Counts(read=_read_bytes())
+        return Counts(read=read_bytes())
 
     def stalls(self) -> dict[str, float]:
         return {}
@@ -155,30 +138,22 @@ def uniform_routes(model: Any) -> None:
             module.register_forward_pre_hook(redraw)
 
 
-class _Clock(transformers.StoppingCriteria):
-    """Notes when tokens came, and what was counted when the first had come; counting is in nobody's time."""
+class _Ticking(transformers.StoppingCriteria):
+    """Ticks with every token, and never stops."""
 
-    def __init__(self, counts: Callable[[], Counts]):
-        self._counts = counts
-        self.steps = 0
-        self.began = time.perf_counter()
-        self.first = self.resumed = self.latest = 0.0
-        self.at_first = Counts()
+    def __init__(self, clock: Clock):
+        self._clock = clock
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        self.latest = time.perf_counter()
-        self.steps += 1
-        if self.steps == 1:
-            self.first, self.at_first = self.latest, self._counts()
-            self.resumed = time.perf_counter()
+        self._clock.tick()
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
 def run(subject: Subject, ids: list[list[int]], mask: list[list[int]], pad: int, new_tokens: int) -> dict[str, Any]:
     """Figures of one request: seconds, bytes, counts, and the tokens themselves."""
     ids_BS = torch.tensor(ids, device=subject.torch_device)
-    before, stalled = subject.counts(), subject.stalls()
-    clock = _Clock(subject.counts)
+    stalled = subject.stalls()
+    clock = Clock(subject.counts)
     with torch.inference_mode():
         out = subject.model.generate(
             input_ids=ids_BS,
@@ -187,21 +162,13 @@ def run(subject: Subject, ids: list[list[int]], mask: list[list[int]], pad: int,
             min_new_tokens=new_tokens,
             do_sample=False,
             pad_token_id=pad,
-            stopping_criteria=transformers.StoppingCriteriaList([clock]),
+            stopping_criteria=transformers.StoppingCriteriaList([_Ticking(clock)]),
         )
-    after = subject.counts()
-    decode_s = clock.latest - clock.resumed if clock.steps > 1 else 0.0
-    return {
-        "ttft_s": clock.first - clock.began,
-        "decode_s": decode_s,
-        "e2e_s": clock.first - clock.began + decode_s,
-        "steps": clock.steps - 1,
+    return clock.figures() | {
         "prompt_tokens": sum(map(sum, mask)) / len(mask),
-        "prefill": clock.at_first.since(before),
-        "decode": after.since(clock.at_first),
         "stall_s": {cause: s - stalled.get(cause, 0.0) for cause, s in subject.stalls().items()},
         "tokens": out[:, ids_BS.shape[1] :].tolist(),
-        "rss_peak_bytes": _peak_rss(),
+        "rss_peak_bytes": peak_rss(),
         "used_bytes": subject.used_bytes(),
     }
 
@@ -238,7 +205,7 @@ class Service:
             forget_files(path)
         sizes = [file.stat().st_size for file in Path(self._contender.folder).glob("*.safetensors")]
         about = {"load_s": load_s, "model_size": sum(sizes), "model_type": self._subject.model.config.model_type}
-        about |= {"n_threads": torch.get_num_threads(), "rss_peak_bytes": _peak_rss()}
+        about |= {"n_threads": torch.get_num_threads(), "rss_peak_bytes": peak_rss()}
         return self._subject.about() | about
 
     def record(self, requests: list[dict[str, Any]], new_tokens: int) -> dict[str, Any]:
@@ -267,36 +234,9 @@ class Service:
         give_back()
 
 
-def _read_bytes() -> int:
-    """From disk, page faults included; 0 where the system does not say."""
-    try:
-        lines = Path("/proc/self/io").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) for line in lines if line.startswith("read_bytes")), 0)
-
-
-def _peak_rss() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
-
-
 def main() -> None:
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever prints, prints elsewhere
     quiet()
-    contender = Contender(**json.loads(sys.stdin.readline()))
-    if contender.scratch is not None:
-        Path(contender.scratch).mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=contender.scratch, prefix="duoserve-bench-") as scratch:
-        service = Service(contender, Path(scratch))
-        for line in sys.stdin:
-            try:
-                found = service.answer(json.loads(line))
-            except Exception as error:  # becomes a row that says so
-                found = {"error": f"{type(error).__name__}: {error}"}
-            print(json.dumps(found), file=answers, flush=True)
-        service.close()
+    attend(Service)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from duoserve.cap import Group, memory_group
 from duoserve.config import size
+from duoserve.peers import LLAMA_CPP
 
 COLD, WARM, STEADY = "cold", "warm", "steady"
 PHASES = (COLD, WARM, STEADY)
@@ -32,7 +33,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @dataclass(frozen=True)
 class Contender:
-    """`engine`: duoserve, stock or accelerate. `options` of `duoserve.load` without the model, or of `peers.open_peer`.
+    """`engine`: duoserve, stock, accelerate or llama.cpp. `options` of `duoserve.load` without the model, of
+    `peers.open_peer`, or of `llamacpp.Gguf`.
 
     `folder` holds the files that a cold start finds out of the page cache; `scratch` is where it may write.
     """
@@ -46,6 +48,11 @@ class Contender:
     cap: int | None = None
     scratch: str | None = None
     foresees: bool = False  # it is shown the requests of a repetition before that is measured
+
+    @property
+    def program(self) -> str:
+        """The module that answers for it: llama.cpp's imports no torch."""
+        return "duoserve.llamacpp" if self.engine == LLAMA_CPP else "duoserve.contender"
 
 
 class Request(NamedTuple):
@@ -142,12 +149,12 @@ def stoppable() -> Iterator[None]:
 class Process:
     """A contender in a process of its own, within its cap."""
 
-    command: ClassVar[list[str]] = [sys.executable, "-m", "duoserve.contender"]
+    command: ClassVar[list[str]] = [sys.executable, "-m"]
 
     def __init__(self, contender: Contender, number: int, stack: ExitStack, patience_s: float = PATIENCE_S):
         self.contender, self._patience_s = contender, patience_s
         self._said = stack.enter_context(tempfile.TemporaryFile("w+", errors="replace"))
-        command = self.command
+        command = [*self.command, contender.program]
         self._group: Group | None = None
         if contender.cap is not None:
             self._group = stack.enter_context(memory_group(contender.cap, str(number)))

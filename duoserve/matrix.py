@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from duoserve.contest import Cell, Contender, Course, Request
 from duoserve.core import Policy, Refusal
+from duoserve.peers import LLAMA_CPP
 from duoserve.prompts import Prompt, PromptSet
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class Matrix:
     course: Course
     limit_tokens: int | None = None
     predictor: str | None = None
+    gguf: Path | None = None  # the model as llama.cpp reads it
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class Subject:
     checkpoint_bytes: int
     needs: Any
     peer_needs: Any
+    expects: dict[str, int]  # dimensions by which llama.cpp's file is seen to be of this model
 
     def budget(self, share: float, asks: bool) -> int:
         """Bytes that give `share` of the experts a slot, by the plan's own arithmetic; `asks` a predictor, or none."""
@@ -84,6 +87,7 @@ def study(model: str | None, matrix: Matrix, options: dict[str, Any]) -> Subject
         cells, ctx = _cells(engine, matrix)
         folder, device = engine.store.folder, engine.device.name
         dtype, bf16_bytes = str(engine.dtype).removeprefix("torch."), engine.store.size.bf16_bytes
+        config = engine.model.config.get_text_config()
     sequences = max(matrix.batches)
     extra: dict[str, Any] = {"budget": "min", "ctx": ctx, "sequences": sequences}
     plain = {name: value for name, value in known.items() if name != "threads"}
@@ -104,6 +108,7 @@ def study(model: str | None, matrix: Matrix, options: dict[str, Any]) -> Subject
         checkpoint_bytes=bf16_bytes * (2 if dtype == "float32" else 1),
         needs=looked.needs,
         peer_needs=peers.needs if peers else None,
+        expects={"layers": config.num_hidden_layers, "hidden": config.hidden_size},
     )
 
 
@@ -173,6 +178,9 @@ def peer_contenders(subject: Subject, matrix: Matrix, options: dict[str, Any]) -
     for name in matrix.peers:
         if name == "stock":
             yield peer("stock", name, subject, None, matrix.cap, options)
+        elif name == LLAMA_CPP:
+            assert matrix.gguf is not None
+            yield llama_cpp(name, subject, matrix.gguf, matrix.cap, options)
         elif matrix.cap is not None:
             yield peer(name, name, subject, max(1, matrix.cap - INTERPRETER), matrix.cap, options)
         else:
@@ -192,10 +200,36 @@ def peer(
     return Contender(row, name, folder, folder, known, cap=cap, scratch=str(scratch))
 
 
+def llama_cpp(row: str, subject: Subject, gguf: Path, cap: int | None, options: dict[str, Any]) -> Contender:
+    """llama.cpp with its defaults; where the cap leaves little room beside the copies that its kernels would rather read,
+    without them: a Q4_0 of 866 MB under 900 MB read 590 MB a token because its copies had pushed out all that stayed mapped.
+    """
+    from duoserve.system import threads
+
+    weights = _bytes(gguf)
+    known = {
+        "gguf": str(gguf.absolute()),
+        "threads": threads(options.get("threads")),
+        "ctx": subject.ctx,
+        "sequences": subject.sequences,
+        "repack": cap is None or 5 * weights < 4 * cap,
+        "expects": subject.expects,
+    }
+    return Contender(row, LLAMA_CPP, None, str(gguf.absolute()), known, cap=cap)
+
+
+def _bytes(gguf: Path) -> int:
+    from duoserve.llamacpp import files
+
+    return sum(path.stat().st_size for path in files(gguf))
+
+
 def takes(contender: Contender, subject: Subject) -> int:
     """Bytes of memory, about."""
     if contender.cap is not None:
         return contender.cap
+    if contender.engine == LLAMA_CPP:
+        return 2 * _bytes(Path(contender.options["gguf"]))  # mapped, and copied in another order
     if contender.engine == "duoserve":
         return INTERPRETER + int(contender.options["budget"])
     return INTERPRETER + int(2.2 * subject.checkpoint_bytes)  # while transformers loads, most of it is there twice

@@ -14,7 +14,8 @@ Names are llama-bench's where it has one. Its tests read or write tokens; ours d
 
 Ours:
 
-    kind, version, row, engine     duoserve, stock (transformers) or accelerate; `row` is the line's name in the table
+    kind, version, row, engine     duoserve, stock (transformers), accelerate or llama.cpp; `row` is the line's name in the
+                                   table
     policy, residency, slots, experts, format, trunk, dtype, predictor, routes, link, budget_bytes, cap_bytes
     prompts, prompts_sha256        name of the set, checksum of its bytes
     phase                          cold: the first request after loading, nothing of the model's files in the page cache;

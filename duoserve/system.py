@@ -36,13 +36,18 @@ def usable_cores() -> float:
     return cores
 
 
-def use_threads(asked: int | None = None) -> int:
-    """Give torch's arithmetic `asked` threads, or what $OMP_NUM_THREADS says, or one for each real core that may be used.
-
-    Torch by itself takes every core that the machine shows, whatever a container's quota is. Returns the number.
-    """
+def threads(asked: int | None = None) -> int:
+    """For arithmetic: `asked`, or what $OMP_NUM_THREADS says, or one for each real core that may be used."""
     said = os.environ.get("OMP_NUM_THREADS", "")
-    n = asked or (int(said) if said.isdigit() and int(said) else max(1, min(_real_cores(), int(usable_cores()))))
+    return asked or (int(said) if said.isdigit() and int(said) else max(1, min(_real_cores(), int(usable_cores()))))
+
+
+def use_threads(asked: int | None = None) -> int:
+    """Give torch's arithmetic so many `threads`; returns the number.
+
+    Torch by itself takes every core that the machine shows, whatever a container's quota is.
+    """
+    n = threads(asked)
     if n != torch.get_num_threads():
         torch.set_num_threads(n)
     return n

@@ -11,6 +11,7 @@ from typing import Any
 
 from duoserve.contest import Contender, Outcome
 from duoserve.estimate import Limit, Needs, limit
+from duoserve.peers import LLAMA_CPP
 from duoserve.profile import Profile
 from duoserve.results import KIND, VERSION, Record, deviation, percentile
 
@@ -19,7 +20,7 @@ OURS = "duoserve"
 
 @dataclass(frozen=True)
 class Setting:
-    """What all rows of a benchmark share. `needs` of a token by engine: the peers' weights have another format.
+    """What all rows of a benchmark share. `needs` of a token by engine: the peers' weights have 16 bits.
 
     `link`: bytes/s that copies are slowed to, if they are.
     """
@@ -176,11 +177,16 @@ def _limit(samples: list[Any], contender: Contender, about: dict[str, Any], batc
         return {"limit_s": None, "limited_by": None, "share_of_limit": None}
     asked = sum(s["decode"][key] for s in samples for _, key in COUNTED) / steps
     experts = asked * about["slab_bytes"] if ours else needs.active_bytes
-    read = needs.trunk_bytes + experts + batch * needs.kv_bytes
+    read = _width(contender, about) * (needs.trunk_bytes + experts) + batch * needs.kv_bytes
     moved = sum(_moved(s["decode"]) for s in samples) / steps
     least: Limit = limit(read, moved, setting.profile.memory, *road)
     measured = statistics.median(s["decode_s"] / s["steps"] for s in samples if s["steps"])
     return {"limit_s": least.seconds, "limited_by": least.by, "share_of_limit": least.seconds / measured}
+
+
+def _width(contender: Contender, about: dict[str, Any]) -> float:
+    """Of the weights, against what the needs say: those of a GGUF have its mean bits instead of 16."""
+    return about["model_size"] / (2 * about["model_n_params"]) if contender.engine == LLAMA_CPP else 1.0
 
 
 def _mean(values: list[Any]) -> float | None:

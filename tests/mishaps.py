@@ -206,6 +206,11 @@ def without_accelerate(kit: Kit) -> None:
     peers.chosen("accelerate")
 
 
+def without_gguf(kit: Kit) -> None:
+    kit.patch.setattr(peers.metadata, "version", lambda name: "1")
+    peers.chosen("llama.cpp")
+
+
 def few_modules(kit: Kit) -> Path:
     kit.patch.setattr(checkpoint, "_MAX_MODULES", 40)
     return kit.toy("mixtral")

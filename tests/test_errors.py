@@ -47,6 +47,7 @@ from mishaps import (
     with_folder,
     without_accelerate,
     without_bitsandbytes,
+    without_gguf,
     without_room,
 )
 
@@ -245,6 +246,11 @@ CASES: list[tuple[str, str, int, str, Callable[[Kit], Any]]] = [
      lambda k: results.read(k.folder(r__jsonl=b"{") / "r.jsonl")),
     ("E_CAP", "a memory cap without root", 2, r"cap of 900\.0 MiB .* user 1000 cannot make; run as root", capped),
     ("E_OPTION", "an unknown peer", 2, r"'vllm'; .*stock, accelerate", lambda k: k.command("bench", "--peers", "vllm")),
+    ("E_OPTION", "llama.cpp without a file", 2, r"'llama.cpp' has 0 GGUF files; name .* --gguf FILE", without_gguf),
+    ("E_MODEL", "a GGUF that is none", 3, r"bench\.gguf is no GGUF: it begins with b'{\\n  '; name",
+     lambda k: peers.chosen("llama.cpp", k.folder(bench__gguf=b"{\n  }") / "bench.gguf")),
+    ("E_MODEL", "a GGUF that is not there", 3, r"/none cannot be read \(No such file or directory\); name",
+     lambda k: k.command("bench", "--peers", "all", "--gguf", str(k.tmp / "none"))),
     ("E_OPTION", "a peer that is not installed", 2, r"'accelerate' is not installed; pip install", without_accelerate),
     ("E_OPTION", "an unknown policy to compare", 2, r"'lfu'; did you mean 'lru'",
      lambda k: k.command("bench", "--policies", "duoserve,lfu")),

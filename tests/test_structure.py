@@ -24,9 +24,9 @@ FLOORS = {
     2: {"board", "contest", "convert", "grouped", "lanes", "profile", "transfer"},
     3: {
         *("activation", "ahead", "chrometrace", "crowd", "decode", "estimate", "fleet", "paper", "picture", "prefill"),
-        *("sighted", "wholelayer"),
+        *("sighted", "stopwatch", "wholelayer"),
     },
-    4: {"costing", "moe", "policies", "tally"},
+    4: {"costing", "llamacpp", "moe", "policies", "tally"},
     5: {"plan", "simulate", "together"},
     6: {"loading", "model", "needs"},
     7: {"engine", "specimens"},
