@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from duoserve import benching, dep, learning, serving, showing, simulating, tracing
+from duoserve import benching, console, dep, learning, serving, settings, showing, simulating, tracing
 from duoserve.config import EngineConfig, parse_size, size
 from duoserve.core import Refusal, nearest
 from duoserve.pulse import pulsing
@@ -127,10 +127,12 @@ def chat(
         raise Refusal("E_OPTION", "--timeline is the server's", "leave it out with --url")
     if timeline is not None and not timeline.parent.is_dir():  # said before a model is loaded
         raise Refusal("E_IO", f"{timeline.parent} is no folder", "give a file in one that is there")
+    if prompt is not None and not prompt.strip():
+        raise Refusal("E_PROMPT", "the prompt has 0 words", "write at least one, or leave --prompt out for a chat")
+    sampling = settings.sampling(max_new_tokens, temperature, top_p, seed)
     with _conversation(model, where | more, predictor, system, url, api_key) as (chat, greeting):
         from duoserve import repl
 
-        sampling = repl.sampling(max_new_tokens, temperature, top_p, seed)
         with _recorded(chat.engine, timeline, predictor):
             if prompt is not None:
                 repl.answer_once(chat, prompt, sampling, as_json)
@@ -444,6 +446,7 @@ dep.register(app)
 
 def main() -> None:
     """Entry point. Exit codes as `Refusal.status`; 1 is unexpected, 130 interrupted."""
+    console.prepare()
     if "--version" in sys.argv[1:2]:
         print(f"duoserve {__version__}")
         return

@@ -28,7 +28,7 @@ from dep_extension import calibrate
 from dep_extension.cost import Line, Machine, Split
 from dep_extension.kernel_choice import Point, Shape, Table
 from dep_extension.kernel_table import here
-from duoserve import checkpoint, cli, codec, peers, prompts, repl, results, shelf, tracing
+from duoserve import checkpoint, cli, codec, peers, prompts, repl, results, settings, shelf, tracing
 from duoserve import serving as serving_
 from duoserve.api.grammar import check_schema, mask_for
 from duoserve.api.tools import check_tools, prepare
@@ -575,7 +575,7 @@ CASES: list[tuple[str, str, int, str, Callable[[Kit], Any]]] = [
     ("E_OPTION", "several answers at once", 2, r"num_return_sequences=2, an Answer holds 1; call",
      lambda k: k.load().generate("x", num_return_sequences=2)),
     ("E_SETTING", "a temperature below nothing", 2, r"temperature -1.0 is out of range; give one from 0",
-     lambda k: repl.sampling(8, -1.0, None, None)),
+     lambda k: settings.sampling(8, -1.0, None, None)),
     ("E_SETTING", "a setting in words", 2, r"seed 'x' is no int; give one from", lambda k: repl._set({}, "seed x")),
     ("E_SETTING", "an unknown setting", 2, r"'temprature'; did you mean 'temperature'",
      lambda k: repl._set({}, "temprature 1")),

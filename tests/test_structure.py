@@ -12,8 +12,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = {
     0: {
-        *("attention", "benefit", "cap", "checkpoint", "codec", "config", "core", "decisions", "device", "durable"),
+        *("attention", "benefit", "cap", "checkpoint", "codec", "config", "console", "core", "decisions", "device"),
+        "durable",
         *("folder", "foresight", "future", "headers", "hub", "int4", "native", "peers", "prompts", "published"),
+        "settings",
         *("pulse", "results", "routers", "sampling", "sizing", "stopping", "system", "timeline", "version"),
     },
     1: {"cache", "clock", "clockstream", "experts", "manifest", "road", "runfile", "shelf", "store", "trunk"},
@@ -63,6 +65,7 @@ SIDE_BY_SIDE = {
     ("codec", "core"),
     ("codec", "int4"),
     ("config", "core"),
+    ("console", "core"),
     ("decode", "ahead"),
     ("device", "core"),
     ("device", "system"),
@@ -87,6 +90,8 @@ SIDE_BY_SIDE = {
     ("results", "core"),
     ("results", "durable"),
     ("results", "headers"),
+    ("sampling", "settings"),
+    ("settings", "core"),
     ("shelf", "manifest"),
     ("road", "clockstream"),
     ("sizing", "core"),
