@@ -15,6 +15,7 @@ import itertools
 import json
 import math
 import re
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,6 +43,9 @@ _FLOATS = {"BF16": torch.bfloat16, "F32": torch.float32, "F16": torch.float16}
 _NAMES = {dtype: name for name, dtype in _FLOATS.items()}
 _SAMPLED_TENSORS = 4096
 _WHOLE_FILE = 64 << 20
+# transformers builds and loads under settings of the whole process: two threads at it would leave torch's default dtype
+# changed for good
+_ALONE = threading.RLock()
 _MAX_MODULES = 1 << 16  # that a model is built of; the largest published ones have some thousands
 
 
@@ -87,7 +91,7 @@ def build_meta(config: Any, dtype: torch.dtype) -> Any:
             "use a text-generation checkpoint",
         )
     try:
-        with torch.device("meta"), _at_most(_MAX_MODULES):
+        with _ALONE, torch.device("meta"), _at_most(_MAX_MODULES):
             model = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
     except Exception as error:  # a family's code over a config that it does not expect: anything can come
         what = f"transformers {transformers.__version__} cannot build {config.model_type!r} ({_first_line(error)})"
@@ -375,12 +379,12 @@ def load_trunk(model: Any, file: Path, dtype: torch.dtype) -> None:
         dtype_plan=model._get_dtype_plan(dtype),
     )
     try:
-        info, _ = type(model)._load_pretrained_model(model, None, [str(file)], load)
-        info = type(model)._finalize_model_loading(model, load, info)
+        with _ALONE:
+            info, _ = type(model)._load_pretrained_model(model, None, [str(file)], load)
+            info = type(model)._finalize_model_loading(model, load, info)
     except RuntimeError as error:
-        raise Refusal(
-            "E_CORRUPT", f"{file} does not fit its config", "fetch a checkpoint that matches its config", 5
-        ) from error
+        what = f"{file} does not fit its config ({_first_line(error)})"
+        raise Refusal("E_CORRUPT", what, "fetch a checkpoint that matches its config", 5) from error
     if info.missing_keys:
         raise _lacking(info.missing_keys)
     if info.mismatched_keys or info.error_msgs:

@@ -73,7 +73,8 @@ class Conversation:
 
     def _answer(self, **options: Any) -> Answer:
         prompt = self.prompt()
-        if not self.reuse or options.get("num_beams", 1) > 1:  # beams reorder their cache
+        beams = options.get("num_beams") or self.engine.model.generation_config.num_beams or 1
+        if not self.reuse or beams > 1:  # beams reorder their cache
             self._forget()
             return self.engine.generate(prompt, **options)
         ids = self.engine.encode(prompt)[0].tolist()
