@@ -155,6 +155,7 @@ def find_experts(model: Any) -> list[ExpertsSpec]:
             "run it with transformers itself; there is nothing to offload",
         )
     for spec in specs:
+        _check_choices(model, spec)
         for name, p in spec.module.named_parameters(recurse=False):
             if p.ndim not in (2, 3) or p.shape[0] != spec.n_experts:
                 raise Refusal(
@@ -163,6 +164,16 @@ def find_experts(model: Any) -> list[ExpertsSpec]:
                     "this family cannot be offloaded yet",
                 )
     return specs
+
+
+def _check_choices(model: Any, spec: ExpertsSpec) -> None:
+    """A token takes at least one expert and none twice: else its router fails, but not before the first prompt."""
+    block = model.get_submodule(spec.name.rpartition(".")[0])
+    for module in (block, *block.children()):
+        k = getattr(module, "top_k", None)
+        if type(k) is int and not 1 <= k <= spec.n_experts:
+            what = f"the config of this {model.config.model_type!r} lets a token choose {k} of {spec.n_experts} experts"
+            raise Refusal("E_CONFIG", what, "fetch the checkpoint again", 5)
 
 
 def check_config(folder: Path) -> None:

@@ -26,10 +26,9 @@ def parse_size(text: str | int, what: str = "size") -> int:
     if type(text) is int and text > 0:
         return text
     match = re.fullmatch(rf"\s*{_NUMBER}\s*([kmgt]?i?)b?\s*", text.lower()) if isinstance(text, str) else None
-    n_bytes = int(float(match[1]) * (_UNITS | _BINARY)[match[2]]) if match and match[2] != "i" else 0
-    if n_bytes < 1:
+    if not match or match[2] == "i":
         raise Refusal("E_SIZE", f"{what} {text!r} is not a size", "write it like 6GiB, 500MiB or 12G")
-    return n_bytes
+    return int(float(match[1]) * (_UNITS | _BINARY)[match[2]])
 
 
 def size(n_bytes: float) -> str:
@@ -92,8 +91,8 @@ class EngineConfig:
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("device", self.device, DEVICES)
         _one_of("policy", self.policy, POLICIES)
-        if self.link is not None:
-            parse_size(self.link, "link")
+        if self.link is not None and parse_size(self.link, "link") < 1:
+            raise Refusal("E_OPTION", f"a link of {self.link} bytes a second moves nothing", "give at least 1")
         if self.slots is not None:
             parse_slots(self.slots)
         if isinstance(self.budget, str) and self.budget.strip().endswith("%"):

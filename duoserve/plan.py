@@ -96,7 +96,6 @@ class Sizes:
         self.model = build_meta(config, dtype)
         specs = find_experts(self.model)
         self._experts = {s.name: _Shape(s.module, self.model.config.model_type) for s in specs}
-        self.experts = [spec.n_experts for spec in specs]  # of each MoE layer
         for name, shape in self._experts.items():
             replace_module(self.model, name, shape)
         quantise_linears(self.model, trunk, {spec.n_experts for spec in specs})
@@ -144,8 +143,6 @@ def make_plan(
     """
     sizes = Sizes(config, dtype, trunk)
     floor = options.ctx or min(FLOOR_CTX, sizes.limit or FLOOR_CTX)
-    token = sizes.kv_bytes(2) - sizes.kv_bytes(1)
-    _check_choices(sizes, config)
     if sizes.limit and floor > sizes.limit:
         warnings.warn(
             f"a context of {floor} tokens is more than the {sizes.limit} the model was made for", stacklevel=2
@@ -163,6 +160,7 @@ def make_plan(
     ctx = floor
     if options.ctx is None and slots == store.n_experts:
         ctx = _longest(sizes, floor, (budget - resident - slots * store.slab_bytes) // options.sequences)
+    token = sizes.kv_bytes(2) - sizes.kv_bytes(1)
     return Plan(
         budget_bytes=budget,
         trunk_bytes=sizes.trunk_bytes,
@@ -177,14 +175,6 @@ def make_plan(
         kv_state_bytes=sizes.kv_bytes(1) - token,
         kv_token_bytes=token,
     )
-
-
-def _check_choices(sizes: Sizes, config: Any) -> None:
-    """Every token takes at least one expert of a layer and none twice, or its router could not choose."""
-    for choices, experts in zip(sizes.choices, sizes.experts, strict=True):
-        if choices is not None and not 1 <= choices <= experts:
-            what = f"config.json of this {config.model_type!r} lets a token choose {choices} of {experts} experts"
-            raise Refusal("E_CONFIG", what, "fetch the checkpoint again", 5)
 
 
 def _top_k(sizes: Sizes) -> int:

@@ -153,7 +153,7 @@ CASES = [
     (("chat", "--budget", "9" * 400 + "G", "-p", "x"), 2, "is not a size"),
     (("chat", "--budget", "9" * 400 + "%", "-p", "x"), 2, "is not a share"),
     (("chat", "--ctx", "9" * 5000, "-p", "x"), 2, "is not a number of tokens"),
-    (("chat", "--link", "0", "-p", "x"), 2, "is not a size"),
+    (("chat", "--link", "0", "-p", "x"), 2, "moves nothing"),
     (("chat", "-p", " \n"), 2, "the prompt has 0 words"),
     (("verify", "."), 3, "no manifest"),
     (("convert", ".", "-o", "/proc/store"), 3, "config.json"),
