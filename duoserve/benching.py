@@ -88,6 +88,8 @@ def bench(
     before = results.read(compare) if compare is not None else None
     if output is not None and not output.absolute().parent.is_dir():
         raise Refusal("E_IO", f"there is no folder {output.absolute().parent}", "give one that is there")
+    if output is not None and output.is_dir():
+        raise Refusal("E_IO", f"{output} is a folder", "give a file's name")
     found, status = _until_stopped(model, matrix, options)
     if output is not None:
         results.write(output, found)

@@ -127,6 +127,8 @@ def chat(
         raise Refusal("E_OPTION", "--timeline is the server's", "leave it out with --url")
     if timeline is not None and not timeline.parent.is_dir():  # said before a model is loaded
         raise Refusal("E_IO", f"{timeline.parent} is no folder", "give a file in one that is there")
+    if timeline is not None and timeline.is_dir():
+        raise Refusal("E_IO", f"{timeline} is a folder", "give a file's name")
     if prompt is not None and not prompt.strip():
         raise Refusal("E_PROMPT", "the prompt has 0 words", "write at least one, or leave --prompt out for a chat")
     sampling = settings.sampling(max_new_tokens, temperature, top_p, seed)
