@@ -113,6 +113,13 @@ def check_options(options: dict[str, Any]) -> None:
         )
 
 
+def refused(error: ValueError) -> Refusal:
+    """What transformers says of options before its first pass."""
+    reason = (str(error).strip().splitlines() or ["no reason given"])[0][:200]
+    what = f"transformers refuses these generation options ({reason})"
+    return Refusal("E_OPTION", what, "correct the option, or the checkpoint's generation_config.json")
+
+
 def room(ctx: int, prompt_tokens: int, asked: int | None) -> int:
     """How many tokens may be made: as many as asked, or as fit."""
     left = ctx - prompt_tokens

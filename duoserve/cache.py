@@ -239,6 +239,15 @@ class ExpertCache:
         slot.key, slot.pins, slot.ready = None, 0, None
         self._free.append(slot)
 
+    def clear(self, released: tuple[Any, ...]) -> None:
+        """Empty all slots, whatever is noted of them; what experts are worth stays. `released`: what writers wait for."""
+        for slot in self.slots:
+            slot.key, slot.pins, slot.ready, slot.released = None, 0, None, released
+        self._slot.fill(-1)
+        self._shut.fill(np.inf)
+        self._valued = False
+        self._free = list(reversed(self.slots))
+
     def restore(self, slot: Slot, former: Key | None, ready: Any, released: tuple[Any, ...]) -> None:
         """The copy that evicted `former` was never begun: the slot still holds it, with the events it had then."""
         assert slot.key is not None and slot.pins == 0, slot

@@ -15,6 +15,7 @@ import itertools
 import json
 import math
 import re
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,6 +43,9 @@ _FLOATS = {"BF16": torch.bfloat16, "F32": torch.float32, "F16": torch.float16}
 _NAMES = {dtype: name for name, dtype in _FLOATS.items()}
 _SAMPLED_TENSORS = 4096
 _WHOLE_FILE = 64 << 20
+# transformers builds and loads under settings of the whole process: two threads at it would leave torch's default dtype
+# changed for good
+_ALONE = threading.RLock()
 _MAX_MODULES = 1 << 16  # that a model is built of; the largest published ones have some thousands
 
 
@@ -87,7 +91,7 @@ def build_meta(config: Any, dtype: torch.dtype) -> Any:
             "use a text-generation checkpoint",
         )
     try:
-        with torch.device("meta"), _at_most(_MAX_MODULES):
+        with _ALONE, torch.device("meta"), _at_most(_MAX_MODULES):
             model = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
     except Exception as error:  # a family's code over a config that it does not expect: anything can come
         what = f"transformers {transformers.__version__} cannot build {config.model_type!r} ({_first_line(error)})"
@@ -151,6 +155,7 @@ def find_experts(model: Any) -> list[ExpertsSpec]:
             "run it with transformers itself; there is nothing to offload",
         )
     for spec in specs:
+        _check_choices(model, spec)
         for name, p in spec.module.named_parameters(recurse=False):
             if p.ndim not in (2, 3) or p.shape[0] != spec.n_experts:
                 raise Refusal(
@@ -159,6 +164,16 @@ def find_experts(model: Any) -> list[ExpertsSpec]:
                     "this family cannot be offloaded yet",
                 )
     return specs
+
+
+def _check_choices(model: Any, spec: ExpertsSpec) -> None:
+    """A token takes at least one expert and none twice: else its router fails, but not before the first prompt."""
+    block = model.get_submodule(spec.name.rpartition(".")[0])
+    for module in (block, *block.children()):
+        k = getattr(module, "top_k", None)
+        if type(k) is int and not 1 <= k <= spec.n_experts:
+            what = f"the config of this {model.config.model_type!r} lets a token choose {k} of {spec.n_experts} experts"
+            raise Refusal("E_CONFIG", what, "fetch the checkpoint again", 5)
 
 
 def check_config(folder: Path) -> None:
@@ -375,12 +390,12 @@ def load_trunk(model: Any, file: Path, dtype: torch.dtype) -> None:
         dtype_plan=model._get_dtype_plan(dtype),
     )
     try:
-        info, _ = type(model)._load_pretrained_model(model, None, [str(file)], load)
-        info = type(model)._finalize_model_loading(model, load, info)
+        with _ALONE:
+            info, _ = type(model)._load_pretrained_model(model, None, [str(file)], load)
+            info = type(model)._finalize_model_loading(model, load, info)
     except RuntimeError as error:
-        raise Refusal(
-            "E_CORRUPT", f"{file} does not fit its config", "fetch a checkpoint that matches its config", 5
-        ) from error
+        what = f"{file} does not fit its config ({_first_line(error)})"
+        raise Refusal("E_CORRUPT", what, "fetch a checkpoint that matches its config", 5) from error
     if info.missing_keys:
         raise _lacking(info.missing_keys)
     if info.mismatched_keys or info.error_msgs:

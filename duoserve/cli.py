@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from duoserve import benching, dep, flags, learning, serving, shelving, showing, simulating, tracing
+from duoserve import benching, console, dep, flags, learning, serving, settings, shelving, showing, simulating, tracing
 from duoserve.config import EngineConfig, parse_size
 from duoserve.core import Refusal, nearest
 from duoserve.flags import check_targets, engine_options
@@ -70,10 +70,12 @@ def chat(
     if timeline is not None and url is not None:
         raise Refusal("E_OPTION", "--timeline is the server's", "leave it out with --url")
     check_targets(timeline)
+    if prompt is not None and not prompt.strip():
+        raise Refusal("E_PROMPT", "the prompt has 0 words", "write at least one, or leave --prompt out for a chat")
+    sampling = settings.sampling(max_new_tokens, temperature, top_p, seed)
     with _conversation(model, options, predictor, system, url, api_key) as (chat, greeting):
         from duoserve import repl
 
-        sampling = repl.sampling(max_new_tokens, temperature, top_p, seed)
         with _recorded(chat.engine, timeline, predictor):
             if prompt is not None:
                 repl.answer_once(chat, prompt, sampling, as_json)
@@ -212,6 +214,7 @@ dep.register(app)
 
 def main() -> None:
     """Entry point. Exit codes as `Refusal.status`; 1 is unexpected, 130 interrupted."""
+    console.prepare()
     if "--version" in sys.argv[1:2]:
         print(f"duoserve {__version__}")
         return

@@ -18,6 +18,7 @@ TOP_K = "top-k"
 DEVICES = ("auto", "cpu", "cuda")
 KNOWN = {"format": FORMATS, "trunk": FORMATS, "dtype": DTYPES, "device": DEVICES, "policy": POLICIES}
 
+_NUMBER = r"(\d{1,15}(?:\.\d{1,15})?)"  # more digits than any machine has bytes are no number
 _UNITS = {"": 1, "b": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
@@ -26,7 +27,7 @@ def parse_size(text: str | int, what: str = "size") -> int:
     """Bytes in `6GiB`, `500MB`, `12G` or a plain number; decimal units are powers of ten, `i` units powers of two."""
     if type(text) is int and text > 0:
         return text
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", text.lower()) if isinstance(text, str) else None
+    match = re.fullmatch(rf"\s*{_NUMBER}\s*([kmgt]?i?)b?\s*", text.lower()) if isinstance(text, str) else None
     if not match or match[2] == "i":
         raise Refusal("E_SIZE", f"{what} {text!r} is not a size", "write it like 6GiB, 500MiB or 12G")
     return int(float(match[1]) * (_UNITS | _BINARY)[match[2]])
@@ -52,7 +53,7 @@ def parse_slots(text: str | int) -> int | None:
 
 def parse_share(text: str, what: str = "budget") -> float:
     """0.15 for `15%`."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", text)
+    match = re.fullmatch(rf"\s*{_NUMBER}\s*%\s*", text)
     if not match or float(match[1]) == 0:
         raise Refusal("E_SIZE", f"{what} {text!r} is not a share", "write it like 15%")
     return float(match[1]) / 100
@@ -62,7 +63,7 @@ def parse_count(text: str | int, what: str = "count") -> int:
     """Tokens in `4096`, `4k` or `32k`; here k means 1024, as context lengths are written."""
     if type(text) is int and text > 0:
         return text
-    match = re.fullmatch(r"\s*(\d+)\s*([km]?)\s*", text.lower()) if isinstance(text, str) else None
+    match = re.fullmatch(r"\s*(\d{1,12})\s*([km]?)\s*", text.lower()) if isinstance(text, str) else None
     if not match:
         raise Refusal("E_COUNT", f"{what} {text!r} is not a number of tokens", "write it like 4096 or 32k")
     return int(match[1]) * {"": 1, "k": 1024, "m": 1024**2}[match[2]]
@@ -116,8 +117,8 @@ class EngineConfig:
         for name, known in KNOWN.items():
             if (value := getattr(self, name)) is not None:
                 one_of(name, value, known)
-        if self.link is not None:
-            parse_size(self.link, "link")
+        if self.link is not None and parse_size(self.link, "link") < 1:
+            raise Refusal("E_OPTION", f"a link of {self.link} bytes a second moves nothing", "give at least 1")
         if self.slots is not None:
             parse_slots(self.slots)
         if isinstance(self.budget, str) and self.budget.strip().endswith("%"):

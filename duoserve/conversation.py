@@ -91,13 +91,13 @@ class Conversation:
             return self._generated(prompt, ids, on_text=on_text, **options)
         reading = _Reading(parser, on_text, on_reasoning)
         answer = self._generated(prompt, ids, on_text=reading.put, visible=visible, **options)
-        if options.get("num_beams", 1) > 1:  # they have no text until the end
+        if self._beams(options) > 1:  # they have no text until the end
             reading.put(answer.text)
         reading.end(answer.finish)
         return replace(answer, text=reading.text, reasoning=reading.reasoning)
 
     def _generated(self, prompt: str | list[dict[str, str]], ids: list[int], **options: Any) -> Answer:
-        if not self.reuse or options.get("num_beams", 1) > 1:  # beams reorder their cache
+        if not self.reuse or self._beams(options) > 1:  # they reorder their cache
             self._forget()
             return self.engine.generate(prompt, **options)
         cache = self._kept(ids)
@@ -106,6 +106,10 @@ class Conversation:
         if answer.new_tokens:  # else the reading of the prompt was cancelled between layers
             self._ids, self._cache = (ids + answer.token_ids)[: cache.get_seq_length()], cache
         return answer
+
+    def _beams(self, options: dict[str, Any]) -> int:
+        """As asked for, else as the model's publisher says."""
+        return options.get("num_beams") or self.engine.model.generation_config.num_beams or 1
 
     def _forget(self) -> None:
         self._ids, self._cache = [], None

@@ -268,9 +268,18 @@ def _slabs(checkpoint: Checkpoint, spec: ExpertsSpec, layout: Layout, report: _R
     for e in range(spec.n_experts):
         for param in layout.params:
             value = checkpoint.expert(spec, param.name, e, wanted)
+            _check_numbers(value, f"{spec.name}.{param.name} of expert {e}")
             yield from layout.pieces(param.name, value.T if param.cols and spec.module.is_transposed else value)
             del value
         report.slabs(e + 1)
+
+
+def _check_numbers(value: torch.Tensor, what: str) -> None:
+    """One value that is no number takes its whole block of 64 with it, and every answer after that."""
+    if not value.sum(dtype=torch.float32).isfinite():
+        bad = int(value.numel() - value.isfinite().sum())
+        what = f"{bad:,} of {value.numel():,} values of {what} are no finite numbers"
+        raise Refusal("E_CORRUPT", what, "fetch the checkpoint again, or tell its publisher", 5)
 
 
 def _write_trunk(path: Path, checkpoint: Checkpoint, plain: torch.dtype) -> None:

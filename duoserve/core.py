@@ -157,7 +157,7 @@ class Refusal(ValueError):
     """
 
     def __init__(self, code: str, what: str, remedy: str, status: int = 2):
-        super().__init__(_one_line(f"{code}: {_short(what)}; {remedy}"))
+        super().__init__(one_line(f"{code}: {_short(what)}; {remedy}"))
         self.code, self.status = code, status
         self._what, self._remedy = what, remedy
 
@@ -170,7 +170,7 @@ def _short(text: str) -> str:
     return text if len(text) <= LONGEST else f"{text[: LONGEST - 200]} ... {text[-200:]}"
 
 
-def _one_line(text: str) -> str:
+def one_line(text: str) -> str:
     """What a stranger named may hold line breaks, terminal controls and halves of characters; none reach a terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 

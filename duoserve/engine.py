@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import transformers
 
-from duoserve.answer import Answer, Cancel, Meter, asked_tokens, check_options, ends, padding, room
+from duoserve.answer import Answer, Cancel, Meter, asked_tokens, check_options, ends, padding, refused, room
 from duoserve.checkpoint import check_config, quiet, read_config
 from duoserve.config import EngineConfig, parse_size
 from duoserve.convert import Progress
@@ -100,7 +100,7 @@ class Engine:
         if grouping is not None and grouping.why is not None:
             warnings.warn(f"the table of kernels is not used: {grouping.why}", stacklevel=3)
         self.tokenizer = read_tokenizer(store.folder)
-        self._turn = threading.Lock()
+        self._turn, self._turn_of = threading.Lock(), 0
         self._finalizer = weakref.finalize(self, _release, device, store)
         self._last: Answer | None = None
         self._trunk_bytes = trunk_bytes(self.model)  # it does not grow
@@ -126,23 +126,40 @@ class Engine:
         if isinstance(prompt, torch.Tensor):
             prompt, options = None, {"input_ids": prompt} | options
         if prompt is None:
-            with torch.inference_mode(), self._turn:
+            with torch.inference_mode(), self._taking_turn():
                 return self.model.generate(**options)
         ids_1S = self.encode(prompt)
         limit = room(self.plan.ctx, ids_1S.shape[1], asked_tokens(options, ids_1S.shape[1]))
         meter = Meter(self._text_tokenizer(), on_text, visible)
         options = self._generation(options, meter, cancelled)
-        with torch.inference_mode(), self._turn, self.runtime.following(on_layer, cancelled):
+        with torch.inference_mode(), self._taking_turn(), self.runtime.following(on_layer, cancelled):
             meter.start()
+            passes = self.runtime.steps
             try:
                 out = self.model.generate(
                     input_ids=ids_1S, attention_mask=torch.ones_like(ids_1S), max_new_tokens=limit, **options
                 )
             except Cancelled:
                 out = ids_1S
+            except ValueError as error:
+                if isinstance(error, Refusal) or self.runtime.steps > passes:
+                    raise
+                raise refused(error) from error  # transformers judges options before its first pass
         was_cancelled = bool(cancelled and cancelled())
         self._last = self._answer(meter, ids_1S.shape[1], out[0, ids_1S.shape[1] :], limit, was_cancelled)
         return self._last
+
+    @contextlib.contextmanager
+    def _taking_turn(self) -> Iterator[None]:
+        """One answer at a time; others wait, but not whoever would wait for itself."""
+        if self._turn_of == threading.get_ident():
+            raise RuntimeError("the engine is answering on this thread: ask again once that answer is there")
+        with self._turn:
+            self._turn_of = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._turn_of = 0
 
     def stream(self, prompt: Prompt, **options: Any) -> Iterator[str]:
         """The answer's text, piece by piece as it is made. Closing the iterator stops the generation."""
@@ -296,9 +313,9 @@ class Engine:
         """The user's options for transformers' generate, checked, with what we add to them."""
         check_options(options)
         added: dict[str, Any] = {"pad_token_id": padding(self.model.generation_config)}
-        if options.get("num_beams", 1) == 1:
+        if (options.get("num_beams") or self.model.generation_config.num_beams or 1) == 1:
             added["streamer"] = meter  # beams have no text until the end
-        if "stop_strings" in options:
+        if options.get("stop_strings") or self.model.generation_config.stop_strings:
             added["tokenizer"] = self.tokenizer
         if cancelled:
             stop = [*options.pop("stopping_criteria", []), Cancel(cancelled)]

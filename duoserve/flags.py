@@ -46,10 +46,12 @@ Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
 
 
 def check_targets(*paths: Path | None) -> None:
-    """Refuse files that cannot be written because their folder is not there: before anything is computed."""
+    """Refuse, before anything is computed, files that cannot be written: their folder is not there, or they are one."""
     for path in paths:
         if path is not None and not path.absolute().parent.is_dir():
             raise Refusal("E_IO", f"{path.parent} is no folder", "give a file in one that is there")
+        if path is not None and path.is_dir():
+            raise Refusal("E_IO", f"{path} is a folder", "give a file's name")
 
 
 def engine_options(*names: str, **meaning: str) -> Callable[[Command], Command]:

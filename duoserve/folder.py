@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -86,12 +87,15 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / n for n in names]
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
-    raise Refusal(
-        "E_MODEL",
-        f"{folder} has no model.safetensors (other weight formats can run code when loaded)",
-        "use a safetensors checkpoint",
-        3,
-    )
+    raise no_weights(folder, os.listdir(folder))
+
+
+def no_weights(where: object, files: Iterable[str]) -> Refusal:
+    """Says which other formats there are instead."""
+    kinds = Counter(os.path.splitext(file)[1] for file in files)
+    others = ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items()) if kind in (".bin", ".gguf", ".pt", ".pth"))
+    what = f"{where} has no {SINGLE} and no {INDEX}" + (f", only {others}" if others else "")
+    return Refusal("E_MODEL", what, "use a checkpoint in safetensors; other formats can run code when loaded", 3)
 
 
 def shards(index: Path) -> list[str]:

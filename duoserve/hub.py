@@ -15,7 +15,6 @@ import re
 import shutil
 import threading
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -23,12 +22,13 @@ from typing import Any, NamedTuple
 
 from duoserve.core import Refusal
 from duoserve.device import in_background
-from duoserve.folder import CONFIG, INDEX, SIDE_FILES, SINGLE, shards, side_files
+from duoserve.folder import CONFIG, INDEX, SIDE_FILES, SINGLE, no_weights, shards, side_files
 
 _ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w-][\w./-]*))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _AT_ONCE = 4  # files
 _LOOK_S = 0.3
+_GIVE = "give a checkpoint folder, an expert store or a hub id (org/name or org/name@revision)"
 _MAIN = "main"
 Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, what is being done
 
@@ -67,23 +67,30 @@ def resolve(
     `accept` sees the folder once config and tokenizer are there, and refuses it before gigabytes are fetched; without
     `weights` they are not fetched at all.
     """
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return path
-    name = os.fspath(model)
+    path, name = Path(model).expanduser(), os.fspath(model)
+    if name and os.path.isdir(path):
+        return _speakable(path)
     match = _ID.fullmatch(name)
-    if path.exists() or not match or ".." in name:
-        raise Refusal(
-            "E_MODEL",
-            f"no model folder {name!r} here",
-            "give a checkpoint folder, an expert store or a hub id (org/name or org/name@revision)",
-            3,
-        )
+    if not name:
+        raise Refusal("E_MODEL", "the model has a name of 0 characters", f"{_GIVE}, or leave it out for the demo", 3)
+    if os.path.exists(path) or not match or ".." in name:
+        what = f"{name!r} is a file, not a folder" if os.path.exists(path) else f"no model folder {name!r} here"
+        raise Refusal("E_MODEL", what, _GIVE, 3)
     from huggingface_hub.utils import disable_progress_bars, logging
 
     logging.set_verbosity_error()  # its failures still rise
     disable_progress_bars()
     return _folder(match[1], match[2] or _MAIN, progress, accept, weights)
+
+
+def _speakable(path: Path) -> Path:
+    """What reads tensors takes names in UTF-8 only."""
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError as error:
+        what = f"the name of {path} is not UTF-8 at character {error.start}"
+        raise Refusal("E_MODEL", what, "rename the folder, or give a link to it", 3) from error
+    return path
 
 
 def source(folder: Path) -> dict[str, str] | None:
@@ -255,10 +262,7 @@ def _no_checkpoint(name: str, files: dict[str, Listed]) -> Refusal:
         return Refusal(
             "E_MODEL", f"{name} has no {CONFIG} among {len(files)} files", "use a transformers checkpoint", 3
         )
-    kinds = Counter(os.path.splitext(file)[1] for file in files)
-    others = ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items()) if kind in (".bin", ".gguf", ".pt", ".pth"))
-    what = f"{name} has no {SINGLE} and no {INDEX}" + (f", only {others}" if others else "")
-    return Refusal("E_MODEL", what, "use a repository in safetensors; other formats can run code when loaded", 3)
+    return no_weights(name, files)
 
 
 def _repo_cache(repo: str) -> Path:

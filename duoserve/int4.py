@@ -19,7 +19,7 @@ whatever the budget.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from importlib.util import find_spec
 from typing import Any
 
@@ -67,14 +67,20 @@ class Int4Weight:
     def group(self) -> int:
         return group_of(self.cols)
 
+    @cached_property
+    def _padding(self) -> int:
+        return self.packed.shape[1] * 2 - self.cols
+
+    @cached_property
+    def _product(self) -> native.Product | None:
+        return native.product(self.packed, self.scale_zero, self.order, self.group)
+
     def linear(self, x_MK: torch.Tensor) -> torch.Tensor:
         """x @ W.T in the dtype of x, shape (M, rows)."""
-        padding = self.packed.shape[1] * 2 - self.cols
-        x = F.pad(x_MK, (0, padding)) if padding else x_MK.contiguous()
-        if x.device.type == "cpu":
-            y = native.linear(x, self.packed, self.scale_zero, self.order, self.group)
-            if y is not None:
-                return y[:, : self.rows] if y.shape[1] != self.rows else y
+        x = F.pad(x_MK, (0, self._padding)) if self._padding else x_MK.contiguous()
+        if self._product is not None and x.dtype == torch.bfloat16:
+            y = self._product(x)
+            return y[:, : self.rows] if y.shape[1] != self.rows else y
         if x.shape[0] >= dense_rows(x.dtype, x.device.type):
             return self._unpacked_product(x)
         if x.device.type == "cuda":

@@ -40,7 +40,7 @@ def train(
     """Train a predictor of experts from a trace."""
     import torch  # noqa: F401  (before the rest: its libraries first)
 
-    from predictor.load import KINDS, TENSORS, save_folder
+    from predictor.load import KINDS, TENSORS, refuse_others, save_folder
     from predictor.train import Options
     from predictor.train import train as learn
     from traces.store import Traces
@@ -50,6 +50,7 @@ def train(
     options = Options(
         kind, Options().epochs if epochs is None else epochs, seed, split, validation, test, lead, units, tokens
     )
+    refuse_others(out)  # said before hours of learning
     predictor, training = learn(Traces(trace), options, _told())
     save_folder(out, kind, predictor, training)
     size = (out / TENSORS).stat().st_size

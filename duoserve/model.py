@@ -5,6 +5,7 @@ transfer, runtime; knows nothing of prompts and text.
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ from duoserve.system import available_ram, give_back
 from duoserve.transfer import HostTier
 from duoserve.trunk import quantise_linears, settle
 
+GENERATION = "generation_config.json"
 LONG = 128  # rows of a pass whose activations are worth handing back: that takes about a millisecond
 DRAFT = 16  # tokens per pass up to which a pass behind a prompt is decode: one token, or drafted ones to verify
 
@@ -82,10 +84,23 @@ def fill_trunk(
     load_trunk(model, store.checked_trunk(), dtype)
     linears = quantise_linears(model, trunk, {spec.n_experts for spec in specs}, scratch)
     settle(model, linears, device)
-    if (store.folder / "generation_config.json").is_file():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(store.folder)
+    if (store.folder / GENERATION).is_file():
+        model.generation_config = _generation_config(store.folder)
     if device.name == "cpu":
         attention.use(model)
+
+
+def _generation_config(folder: Path) -> Any:
+    """How the model's publisher would have it answer. What decides the shape of an answer is not the publisher's to say:
+    one answer, as ids, over keys and values that we plan for."""
+    try:
+        config = transformers.GenerationConfig.from_pretrained(folder)
+        config.update(num_return_sequences=1, return_dict_in_generate=False, cache_implementation=None)
+    except Exception as error:  # of any kind: a stranger's file goes through code that expects its own
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        what = f"{folder / GENERATION} cannot be used ({reason})"
+        raise Refusal("E_CONFIG", what, "correct or remove it in the checkpoint, and convert again", 5) from error
+    return config
 
 
 def watch_passes(model: Any, specs: list[ExpertsSpec], runtime: Any, plan: Plan) -> PassWatch:

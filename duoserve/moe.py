@@ -5,6 +5,7 @@ attention, caches of keys and values, or text.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -105,6 +106,9 @@ class Runtime:
         self._cancelled: Callable[[], bool] | None = None
         self._lock = threading.RLock()
         self._closed = False
+        self._torn = False  # something that no code here expects, as Ctrl-C, ended a step of the schedule half-way
+        self._all_or_nothing = _Marking(self)
+        self._process = os.getpid()  # whose threads bring the experts
 
     def close(self) -> None:
         """Refuse further passes; one that is running ends first."""
@@ -172,6 +176,13 @@ class Runtime:
         if self.company is not None and self.company.inside:
             self.company.begin(step)
             return
+        if os.getpid() != self._process:  # a fork has none of these threads, and would wait for them without end
+            what = f"the engine was opened by process {self._process}, this is a fork of it ({os.getpid()})"
+            raise RuntimeError(f"{what}: open one here")
+        if self._torn:
+            with self._lock:
+                self.transfer.forget()
+                self._torn = False
         if self.timeline is not None and self.timeline.full:
             self.record(None)
         self._began = self.device.now()
@@ -180,17 +191,19 @@ class Runtime:
         self._step = step
         self.steps += 1
         self._learns, self._hidden, self._inputs = self.learns, self.wants("hidden"), self.wants("inputs")
-        self.ahead.begin(step)
+        with self._all_or_nothing:
+            self.ahead.begin(step)
 
     def enter(self, layer: int, x_TD: torch.Tensor) -> None:
         """A MoE layer's attention is about to read `x_TD`."""
         if self.company is not None and self.company.inside:
             self.company.enter(layer, x_TD)
             return
-        if self._step is not None and self._inputs:
-            self._step.inputs[layer] = x_TD
-            self.ahead.entered(self._step, layer)
-        self.ahead.push()
+        with self._all_or_nothing:
+            if self._step is not None and self._inputs:
+                self._step.inputs[layer] = x_TD
+                self.ahead.entered(self._step, layer)
+            self.ahead.push()
 
     def finish(self) -> int:
         """Hand the finished Step to whoever observes; returns its rows."""
@@ -200,7 +213,8 @@ class Runtime:
         if step is None:
             return 0
         ended = self.device.now()
-        self.ahead.finish(step, ended - self._began)
+        with self._all_or_nothing:
+            self.ahead.finish(step, ended - self._began)
         if self.timeline is not None:
             self.timeline.add(PASSES, step.phase.value, NONE, NONE, self._began, ended)
             self._thread.turn(OUTSIDE)
@@ -253,7 +267,8 @@ class Runtime:
             together = None if bank is None else _Together(expert, groups, bank, self.transfer)
             y: list[torch.Tensor] = []
             last = Work(lambda: y.append(combine(groups, weights_TK, x_TD.dtype)))
-            done = self.bring(layer, x_TD.shape[0], tokens, work, last, together)
+            with self._all_or_nothing:
+                done = self.bring(layer, x_TD.shape[0], tokens, work, last, together)
             if done.issued:
                 self.device.join(done)
             else:  # another thread computes
@@ -336,6 +351,21 @@ class Runtime:
         if self._step is not None and self._learns:
             weights = self.device.read(weights_TK)
             self._step.routes.append(Route(layer, ids, weights, x_TD if self._hidden else None))
+
+
+class _Marking:
+    """Notes in a runtime what ended half-way; errors that code expects (`Exception`) have put all in order themselves."""
+
+    __slots__ = ("_runtime",)
+
+    def __init__(self, runtime: Runtime):
+        self._runtime = runtime
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and not issubclass(kind, Exception):
+            self._runtime._torn = True
 
 
 def open_runtime(

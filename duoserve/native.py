@@ -26,25 +26,38 @@ class _Library(NamedTuple):
 
 
 def available() -> bool:
-    """Whether `linear` can be called on this machine."""
+    """Whether a `Product` can be made on this machine."""
     return _library() is not None
 
 
-def linear(
-    x_MK: torch.Tensor, packed: torch.Tensor, scale_zero: torch.Tensor, order: str, group: int
-) -> torch.Tensor | None:
-    """x @ W.T, shape (M, N), for bfloat16 x and a matrix packed as in int4.py; None where this is not made for it."""
-    library = _library()
-    m, k = x_MK.shape
-    n = packed.shape[0]
-    if library is None or n % TILE or order != "tile64" or x_MK.dtype != torch.bfloat16:
-        return None
-    threads = torch.get_num_threads() if library.parallel else 1
-    y = x_MK.new_empty(m, n)
-    room = torch.empty(m * k // group + threads * m * TILE)
-    pointers = [t.data_ptr() for t in (x_MK, packed, scale_zero, y, room)]
-    library.linear(*pointers, m, n, k, group, threads, library.parallel)
-    return y
+class Product:
+    """x @ W.T with one matrix packed as in int4.py, contiguous bfloat16 x (M, K) -> y (M, N). What does not change between
+    calls is looked up once: a token makes a hundred of them."""
+
+    __slots__ = ("_at", "_held", "_shape")
+
+    def __init__(self, packed: torch.Tensor, scale_zero: torch.Tensor, group: int):
+        self._held = packed, scale_zero  # their memory is read by address
+        self._at = packed.data_ptr(), scale_zero.data_ptr()
+        self._shape = packed.shape[0], packed.shape[1] * 2, group
+
+    def __call__(self, x_MK: torch.Tensor) -> torch.Tensor:
+        library = _library()
+        assert library is not None, self._shape
+        n, k, group = self._shape
+        m = x_MK.shape[0]
+        threads = torch.get_num_threads() if library.parallel else 1
+        y = x_MK.new_empty(m, n)
+        room = torch.empty(m * k // group + threads * m * TILE)
+        at = (x_MK.data_ptr(), *self._at, y.data_ptr(), room.data_ptr())
+        library.linear(*at, m, n, k, group, threads, library.parallel)
+        return y
+
+
+def product(packed: torch.Tensor, scale_zero: torch.Tensor, order: str, group: int) -> Product | None:
+    """None where this is not made for the matrix or the machine."""
+    made = packed.device.type == "cpu" and packed.shape[0] % TILE == 0 and order == "tile64" and available()
+    return Product(packed, scale_zero, group) if made else None
 
 
 def head() -> Callable[..., None] | None:

@@ -9,12 +9,13 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 from duoserve.conversation import Conversation
 from duoserve.core import Refusal, nearest
 from duoserve.engine import Answer, Engine
 from duoserve.plan import size
+from duoserve.settings import GREEDY_BELOW, SETTINGS, checked
 
 HELP = """\
 /help              this list
@@ -24,42 +25,6 @@ HELP = """\
 /retry             answer the last message again
 /stats             speed, expert hits, bytes, memory planned and used
 /quit              leave (or Ctrl-D); Ctrl-C stops an answer and keeps the chat"""
-
-
-class Setting(NamedTuple):
-    kind: type
-    least: float
-    most: float
-
-
-SETTINGS = {
-    "max_new_tokens": Setting(int, 1, 2**31),
-    "temperature": Setting(float, 0, 100),
-    "top_p": Setting(float, 0.001, 1),
-    "top_k": Setting(int, 1, 2**31),
-    "repetition_penalty": Setting(float, 0.1, 10),
-    "seed": Setting(int, 0, 2**63 - 1),
-}
-
-
-def sampling(max_new_tokens: int, temperature: float | None, top_p: float | None, seed: int | None) -> dict[str, Any]:
-    """The settings a chat starts with; what is None is the model's own."""
-    given = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
-    return {name: _checked(name, value) for name, value in given.items() if value is not None}
-
-
-def _checked(name: str, value: Any) -> Any:
-    """The value as its kind, within its range."""
-    kind, least, most = SETTINGS[name]
-    try:
-        number = kind(value)
-    except ValueError as error:
-        raise Refusal(
-            "E_SETTING", f"{name} {value!r} is no {kind.__name__}", f"give one from {least} to {most}"
-        ) from error
-    if not least <= number <= most:
-        raise Refusal("E_SETTING", f"{name} {value} is out of range", f"give one from {least} to {most}")
-    return number
 
 
 def answer_once(chat: Conversation, prompt: str, settings: dict[str, Any], as_json: bool) -> None:
@@ -128,7 +93,7 @@ def _options(chat: Conversation, settings: dict[str, Any]) -> dict[str, Any]:
     options = dict(settings)
     if "seed" in options:
         chat.seed(options.pop("seed"))
-    if options.get("temperature") == 0:
+    if options.get("temperature", 1.0) < GREEDY_BELOW:
         options.pop("temperature")
         options.pop("top_p", None)
         options["do_sample"] = False
@@ -164,7 +129,7 @@ def _set(settings: dict[str, Any], rest: str) -> None:
     if name and name not in SETTINGS:
         raise Refusal("E_SETTING", f"unknown setting {name!r}", nearest(name, list(SETTINGS)))
     if name:
-        settings[name] = _checked(name, value)
+        settings[name] = checked(name, value)
     print("  ".join(f"{name}={settings.get(name, 'model default')}" for name in SETTINGS))
 
 

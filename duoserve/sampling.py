@@ -19,6 +19,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from duoserve.settings import GREEDY_BELOW
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -66,7 +68,9 @@ class Draw(LogitsProcessor):
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """(1, S) so far and logits (1, V) -> scores (1, V), finite for the drawn token alone."""
         changed = self._changed(input_ids, scores)
-        token = int(changed.argmax()) if self._sampling.temperature == 0 else self._sampled(input_ids, changed)
+        token = (
+            int(changed.argmax()) if self._sampling.temperature < GREEDY_BELOW else self._sampled(input_ids, changed)
+        )
         if self._sampling.logprobs is not None:
             self.drawn.append(logprob_of(scores[0], token, self._sampling.logprobs))
         out = torch.full_like(scores, -torch.inf)

@@ -47,7 +47,8 @@ def cache_dir(asked: str | None = None) -> Path:
     """Where converted stores are kept: `asked`, or $DUOSERVE_CACHE, or the user's cache folder."""
     import platformdirs
 
-    return Path(asked or os.environ.get("DUOSERVE_CACHE") or platformdirs.user_cache_dir("duoserve")) / "stores"
+    folder = asked or os.environ.get("DUOSERVE_CACHE") or platformdirs.user_cache_dir("duoserve")
+    return Path(folder).expanduser() / "stores"
 
 
 def note_use(folder: Path) -> None:

@@ -323,6 +323,16 @@ class Transfer:
             self.decisions.tick()
             self.cache.turn(layer, rows, chosen)
 
+    def forget(self) -> None:
+        """Begin anew with empty slots: a step ended half-way, and which slot holds what is not known."""
+        with self.lock:
+            self.device.copy.settle()
+            self._guessed.clear()
+            self.waiting, self._coming = 0, (deque(), deque())
+            self.cache.clear((self.device.mark(),))
+            if self.host is not None:
+                self.host.forget()
+
     def counts(self) -> Counts:
         return Counts(self.hits, self.in_flight, self.misses, self.guesses, self.ready, self.late, self.wrong)
 
@@ -382,6 +392,11 @@ class HostTier:
                 return
             slot = self._read(key, Lane.AHEAD)
             self.cache.unpin(slot)
+
+    def forget(self) -> None:
+        """Begin anew, as `Transfer.forget`; nothing is being sent any more."""
+        self.disk.settle()
+        self.cache.clear(())
 
     def hurry(self, key: Key) -> None:
         """The disk read of a slab that was guessed, if there is one, goes before all guesses."""

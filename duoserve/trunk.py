@@ -37,6 +37,8 @@ class QuantisedLinear(nn.Module):
         params = [Param("weight", like.out_features, like.in_features)]
         params += [Param("bias", like.out_features, 0)] if like.bias is not None else []
         self._dtype = like.weight.dtype
+        self._weight: Weight | None = None  # until it is filled
+        self._bias: torch.Tensor | None = None
         self._scratch = scratch
         self.layout = Layout.of(format, params, str(self._dtype).removeprefix("torch."))
         self.register_buffer("slab", torch.empty(self.layout.slab_bytes, dtype=torch.uint8, device="meta"), False)
@@ -53,7 +55,7 @@ class QuantisedLinear(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        if self.slab.is_meta:
+        if self._weight is None:
             return torch.empty(self.out_features, self.in_features, dtype=self._dtype, device="meta")
         return self._weight.dense(self._dtype)
 
@@ -62,9 +64,10 @@ class QuantisedLinear(nn.Module):
         return self._bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.slab.is_meta:  # only shapes are wanted
+        weight = self._weight
+        if weight is None:  # only shapes are wanted
             return x.new_empty(*x.shape[:-1], self.out_features)
-        y = self._weight.linear(x.reshape(-1, self.in_features))
+        y = weight.linear(x.reshape(-1, self.in_features))
         if self._bias is not None:
             y = y + self._bias
         return y.view(*x.shape[:-1], self.out_features)

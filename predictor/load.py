@@ -61,6 +61,15 @@ class Folder(NamedTuple):
 Tensors = dict[str, torch.Tensor]
 
 
+def refuse_others(folder: Path) -> None:
+    """A predictor takes the place of a predictor, and of nothing else."""
+    there = [file.name for file in folder.iterdir()] if folder.is_dir() else [folder.name] if folder.exists() else []
+    others = sorted(set(there) - {ABOUT, TENSORS})
+    if others:
+        what = f"{folder} holds {len(others)} files that are no predictor's, {shown(others[0])} first"
+        raise Refusal("E_EXISTS", what, "give an empty or new folder")
+
+
 def save_folder(folder: Path, kind: str, predictor: Any, training: Training) -> None:
     """Write a folder; each file is there whole or not at all, the description last."""
     about, tensors = _PACK[kind](predictor)

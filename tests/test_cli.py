@@ -9,17 +9,19 @@ import os
 import pty
 import re
 import select
+import shlex
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from duoserve import cli
+from duoserve import cli, console
 
 COMMAND = [sys.executable, "-m", "duoserve.cli"]
 
@@ -114,6 +116,26 @@ def test_convert_then_chat_with_the_store(toy: Any, tmp_path: Path, here: Here) 
     assert done.returncode == 3 and "E_TOKENIZER" in done.stderr, "toys have no tokenizer"
 
 
+def test_closed_streams_and_a_narrow_alphabet_do_not_end_a_command(tmp_path: Path) -> None:
+    (tmp_path / "stores" / "caf\u00e9 \u2603").mkdir(parents=True)
+    (tmp_path / "stores" / "caf\u00e9 \u2603" / "x").write_text("x")
+    env = os.environ | {"PYTHONIOENCODING": "ascii"}
+    ls = shlex.join([*COMMAND, "ls", "--cache-dir", str(tmp_path)])
+    done = subprocess.run(["sh", "-c", f"{ls} <&- 2>&-"], capture_output=True, env=env, timeout=60)
+    assert done.returncode == 0 and b"caf? ? is no store" in done.stdout, done
+    opens = "import os; from duoserve import console; console.prepare(); print(os.open('/dev/null', 0))"
+    opens = shlex.join([sys.executable, "-c", opens])
+    done = subprocess.run(["sh", "-c", f"{opens} <&- 2>&-"], capture_output=True, timeout=60)
+    assert int(done.stdout) > 2, "a file of ours got the number of a standard stream"
+
+
+def test_a_warning_is_one_line(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    console.prepare()
+    warnings.showwarning(UserWarning("one\x1b[2J\ntwo"), UserWarning, "file.py", 1)
+    assert capfd.readouterr().err == "warning: one\\x1b[2J\n"
+
+
 CASES = [
     (("chta",), 2, "Did you mean 'chat'"),
     (("chat", "--budjet", "1GiB"), 2, "--budget"),
@@ -128,6 +150,14 @@ CASES = [
     (("chat", "--max-new-tokens", "0", "-p", "x"), 2, "max_new_tokens 0 is out of range"),
     (("chat", "--temperature=-1", "-p", "x"), 2, "temperature -1.0 is out of range"),
     (("chat", "--budget=-5%", "-p", "x"), 2, "is not a share"),
+    (("chat", "--budget", "9" * 400 + "G", "-p", "x"), 2, "is not a size"),
+    (("chat", "--budget", "9" * 400 + "%", "-p", "x"), 2, "is not a share"),
+    (("chat", "--ctx", "9" * 5000, "-p", "x"), 2, "is not a number of tokens"),
+    (("chat", "--link", "0", "-p", "x"), 2, "moves nothing"),
+    (("chat", "-p", " \n"), 2, "the prompt has 0 words"),
+    (("chat", "--timeline", ".", "-p", "x"), 2, "is a folder"),
+    (("bench", "--output", "."), 2, "is a folder"),
+    (("train", "nowhere", "-o", "."), 2, "no predictor's"),
     (("verify", "."), 3, "no manifest"),
     (("convert", ".", "-o", "/proc/store"), 3, "config.json"),
 ]
@@ -144,7 +174,7 @@ def test_a_process_that_loads_says_one_line_too(cache: Path) -> None:
 
 def one_error(done: subprocess.CompletedProcess[str], status: int, says: str) -> None:
     assert done.returncode == status, done.stderr
-    lines = [line for line in done.stderr.splitlines() if not line.startswith("loading the demo ... ")]  # signs of life
+    lines = [line for line in done.stderr.splitlines() if not re.fullmatch(r"loading .* \d+ s", line)]  # signs of life
     assert len(lines) == 1 and lines[0].startswith("error: E_") and says in lines[0], done.stderr
 
 

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import toys
+import transformers
 
 from duoserve.api.live import snapshot
+from duoserve.cache import ExpertCache
+from duoserve.checkpoint import check_config
 from duoserve.conversation import Conversation
 from duoserve.core import Phase, Refusal, Step
+from duoserve.device import WorkerStream
 from duoserve.service import End, Request, Service
+from duoserve.transfer import Transfer
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +99,93 @@ def test_beams_and_stop_strings_work_and_several_answers_are_refused(engine: Any
     assert stopped.new_tokens < 12 and text[2:5] in stopped.text and stopped.finish == "stop"
     with pytest.raises(Refusal, match="num_return_sequences=2"):
         engine.generate("A list is", num_return_sequences=2, **GREEDY)
+
+
+def test_what_the_publisher_says_of_answers_is_followed_or_refused(
+    engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = engine.model.generation_config
+    monkeypatch.setattr(said, "num_beams", 2)
+    monkeypatch.setattr(said, "stop_strings", ["\n"])
+    assert engine.generate("A list is", **GREEDY).new_tokens > 0
+    monkeypatch.setattr(said, "num_beams", 1)
+    with pytest.raises(Refusal, match=r"E_OPTION: transformers refuses .*temperature.*; correct"):
+        engine.generate("A list is", do_sample=True, temperature=-1.0)
+
+
+def test_an_answer_asked_for_within_an_answer_is_refused(engine: Any) -> None:
+    said: list[BaseException] = []
+
+    def again(piece: str) -> None:
+        with pytest.raises(RuntimeError, match="answering on this thread") as error:
+            engine.generate("A list is", **GREEDY)
+        said.append(error.value)
+
+    assert engine.generate("A list is", on_text=again, **GREEDY).new_tokens and said
+
+
+def test_models_are_built_one_at_a_time(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    at_it: list[int] = []
+    real = transformers.AutoModelForCausalLM.from_config
+
+    def slow(*args: Any, **options: Any) -> Any:
+        at_it.append(1)
+        try:
+            assert len(at_it) == 1, "two threads change torch's default dtype at once"
+            time.sleep(0.05)
+            return real(*args, **options)
+        finally:
+            at_it.pop()
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_config", slow)
+    with ThreadPoolExecutor(3) as threads:
+        list(threads.map(check_config, [toy("mixtral")] * 3))
+    assert torch.get_default_dtype() == torch.float32
+
+
+INTERRUPTED = [
+    (ExpertCache, "_close"),  # a slot loses its former expert
+    (ExpertCache, "_at"),
+    (Transfer, "fetch"),  # it has the new one, whose copy nobody ordered
+    (WorkerStream, "_wake"),  # ordered, and nobody knows
+    (Transfer, "release"),
+]
+
+
+@pytest.mark.parametrize(("owner", "name"), INTERRUPTED, ids=lambda v: v if isinstance(v, str) else v.__name__)
+def test_ctrl_c_at_any_moment_leaves_the_right_tokens(
+    toy: Any, load: Any, monkeypatch: pytest.MonkeyPatch, owner: type, name: str
+) -> None:
+    engine, ids = load(toy("mixtral"), budget="min"), toys.ids()
+    want = engine.model(ids).logits
+    for moment in (1, 2, 5, 9):
+        real, left = getattr(owner, name), [moment]
+
+        def struck(self: Any, *args: Any, real: Any = real, left: list[int] = left) -> Any:
+            left[0] -= 1
+            if left[0] == 0:
+                raise KeyboardInterrupt
+            return real(self, *args)
+
+        monkeypatch.setattr(owner, name, struck)
+        with pytest.raises(KeyboardInterrupt):
+            engine.model(ids)
+        monkeypatch.setattr(owner, name, real)
+        assert torch.equal(engine.model(ids).logits, want), moment
+        engine.runtime.cache.check()
+
+
+def test_a_fork_is_told_that_it_has_no_threads(toy: Any, load: Any) -> None:
+    engine = load(toy("mixtral"), budget="min")
+    child = os.fork()
+    if not child:
+        signal.alarm(20)  # a wait without end would end so
+        try:
+            engine.model(toys.ids())
+        except RuntimeError as error:
+            os._exit(7 if "open one here" in str(error) else 1)
+        os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 
 
 def test_a_closed_engine_says_so(toy: Any, load: Any) -> None:

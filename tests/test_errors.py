@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -33,10 +33,12 @@ from mishaps import (
     few_modules,
     first_touch,
     flip,
+    generation,
     loads,
     manifest,
     narrowed,
     nested,
+    no_number,
     processor,
     raises_eio,
     raises_enospc,
@@ -53,7 +55,7 @@ from mishaps import (
 
 import duoserve
 from dep_extension.kernel_table import here
-from duoserve import codec, prompts, repl, results, shelf, shelving, tracing
+from duoserve import codec, peers, prompts, repl, results, settings, shelf, shelving, tracing
 from duoserve import serving as serving_
 from duoserve.api.grammar import check_schema, mask_for
 from duoserve.api.tools import check_tools, prepare
@@ -122,9 +124,18 @@ CASES: list[tuple[str, str, int, str, Callable[[Kit], Any]]] = [
     ("E_REVISION", "no such revision", 3, r"has org/toy, .*\(org/toy@v9\); give a branch",
      lambda k: look(k.hub("org/toy@v9"))),
     ("E_MODEL", "an empty folder", 3, r"has no config.json; give", lambda k: k.load(k.folder())),
-    ("E_MODEL", "weights that can run code", 3, r"no model.safetensors .*; use a safetensors checkpoint",
-     lambda k: k.load(k.folder(config__json=json.loads((k.toy("mixtral") / "config.json").read_text())))),
+    ("E_MODEL", "weights that can run code", 3, r"no model.safetensors and no .*, only 1 \.bin; use",
+     lambda k: k.load(k.folder(config__json=(k.toy("mixtral") / "config.json").read_bytes(), pytorch_model__bin=b""))),
     ("E_CONFIG", "a config that is no JSON", 5, r"is not JSON .*char 1.*again", lambda k: look(k.folder(config__json=b"{"))),
+    ("E_MODEL", "a file for a folder", 3, r"model.gguf' is a file, not a folder; give",
+     lambda k: k.load(str(k.folder(model__gguf=b"GGUF") / "model.gguf"))),
+    ("E_MODEL", "a name of nothing", 3, r"name of 0 characters; .*leave it out", lambda k: look("")),
+    ("E_MODEL", "a folder whose name is no text", 3, r"not UTF-8 at character \d+; rename",
+     lambda k: look(shutil.copytree(k.toy("mixtral"), os.fsdecode(os.fsencode(k.tmp) + b"/\xff")))),
+    ("E_CONFIG", "more choices than experts", 5, r"choose 9 of 6 experts; fetch",
+     lambda k: look(k.checkpoint(num_experts_per_tok=9))),
+    ("E_CONFIG", "a generation config that is a list", 5, r"generation_config.json cannot be used \(.*; correct",
+     lambda k: k.load(generation(k, []))),
     ("E_CONFIG", "a config that is a list", 5, r"holds a list.*again", lambda k: look(k.folder(config__json=[1]))),
     ("E_CONFIG", "a model type from the future", 2, r"5\.\d+.*'gpt9'; .*newer transformers",
      lambda k: look(k.folder(config__json={"model_type": "gpt9"}))),
@@ -164,6 +175,8 @@ CASES: list[tuple[str, str, int, str, Callable[[Kit], Any]]] = [
      lambda k: k.load(k.harmed_shard(lambda file: cut(file, 10)))),
     ("E_CORRUPT", "a missing shard", 5, r"1 of \d+ shards are missing, model-0.* first; fetch",
      lambda k: k.load(k.harmed_shard(Path.unlink))),
+    ("E_CORRUPT", "weights that are no numbers", 5, r"1 of [\d,]+ values of .*down_proj of expert 0 are no finite",
+     lambda k: convert(weights(k, no_number), k.tmp / "out")),
     ("E_CORRUPT", "an index that is none", 5, r"is not a shard index .*again",
      lambda k: look(k.folder(config__json={"model_type": "mixtral"}, x__safetensors=b"", **{INDEX: [1]}))),
     ("E_CORRUPT", "an index that leaves its folder", 5, r"'\.\./x\.safetensors', which is no file",
@@ -363,7 +376,7 @@ CASES: list[tuple[str, str, int, str, Callable[[Kit], Any]]] = [
     ("E_OPTION", "several answers at once", 2, r"num_return_sequences=2, an Answer holds 1; call",
      lambda k: k.load().generate("x", num_return_sequences=2)),
     ("E_SETTING", "a temperature below nothing", 2, r"temperature -1.0 is out of range; give one from 0",
-     lambda k: repl.sampling(8, -1.0, None, None)),
+     lambda k: settings.sampling(8, -1.0, None, None)),
     ("E_SETTING", "a setting in words", 2, r"seed 'x' is no int; give one from", lambda k: repl._set({}, "seed x")),
     ("E_SETTING", "an unknown setting", 2, r"'temprature'; did you mean 'temperature'",
      lambda k: repl._set({}, "temprature 1")),

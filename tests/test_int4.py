@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +80,9 @@ needs_native = pytest.mark.skipif(not native.available(), reason="no compiled ke
 def test_compiled_products_are_torchs_but_for_rounding(n: int, k: int) -> None:
     weight, dense = matrix(n, k)
     x = torch.randn(13, k).bfloat16()
-    got = native.linear(x, weight.packed, weight.scale_zero, weight.order, weight.group)
-    assert got is not None
+    product = native.product(weight.packed, weight.scale_zero, weight.order, weight.group)
+    assert product is not None
+    got = product(x)
     want = torch.ops.aten._weight_int4pack_mm_for_cpu(x, weight.packed, weight.group, weight.scale_zero)
     exact = x.double() @ dense.double().T
     ours, torchs = ((y.double() - exact).norm() / exact.norm() for y in (got, want))
@@ -105,14 +107,18 @@ def test_a_row_of_a_compiled_product_depends_on_nothing_else() -> None:
 
 @needs_native
 @pytest.mark.parametrize("change", [{"order": "tile32"}, {"dtype": torch.float32}, {"n": 80}])
-def test_what_the_compiled_kernel_is_not_made_for_is_left_to_torch(change: dict[str, Any]) -> None:
+def test_what_the_compiled_kernel_is_not_made_for_is_left_to_torch(
+    change: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     weight, _ = matrix(change.get("n", 64), 64)
+    monkeypatch.setattr(native.Product, "__call__", lambda *_: pytest.fail("the compiled kernel was called"))
     x = torch.randn(2, 64).to(change.get("dtype", torch.bfloat16))
-    assert native.linear(x, weight.packed, weight.scale_zero, change.get("order", weight.order), 64) is None
+    assert replace(weight, order=change.get("order", weight.order)).linear(x).shape == (2, weight.rows)
 
 
 ANSWER = """
 import json, sys, torch, duoserve, toys
+from dataclasses import replace
 from pathlib import Path
 from duoserve.convert import convert
 from duoserve.int4 import int4_order

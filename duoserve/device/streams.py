@@ -36,6 +36,7 @@ from duoserve.timeline import (
     place,
 )
 
+SETTLING_S = 0.01  # between two looks whether a stream has nothing to do
 REMEMBERED = 32  # jobs of a lane that were done last
 
 
@@ -206,6 +207,13 @@ class WorkerStream:
                 self._lanes[Lane.AHEAD].remove(job)
                 self._lanes[Lane.DEMAND].append(job)
                 job.lane = Lane.DEMAND
+
+    def settle(self) -> None:
+        """Wait until nothing is queued or under way."""
+        with self._board:
+            self._board.notify_all()  # whoever submitted last may have been interrupted before it did
+            while self._running or any(self._lanes.values()):
+                self._board.wait(SETTLING_S)
 
     def traffic(self) -> dict[Lane, Traffic]:
         """What moves just now, by lane."""
