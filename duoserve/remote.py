@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
-import httpx
 import openai
 
 from duoserve.conversation import Conversation
@@ -137,6 +137,11 @@ def _reasoning(delta: Any) -> str | None:
     return found if isinstance(found, str) else None
 
 
+def _transport_errors() -> list[type[Exception]]:
+    """Of the library that the client stands on, by its version one or the other: what breaks a stream passes through it."""
+    return [sys.modules[name].HTTPError for name in ("httpx", "httpx2") if name in sys.modules]
+
+
 class _refusing:
     """The client's errors as refusals of one line. `begun`: an answer was under way."""
 
@@ -147,7 +152,7 @@ class _refusing:
         pass
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if isinstance(error, openai.APIConnectionError | httpx.HTTPError):
+        if isinstance(error, (openai.APIConnectionError, *_transport_errors())):
             if self._begun:
                 raise Refusal("E_URL", f"the answer of {self._url} broke off", "see that it runs, then ask again", 3)
             raise Refusal("E_URL", f"nothing answers at {self._url}", "start `duoserve serve`, or check the address", 3)

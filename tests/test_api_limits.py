@@ -283,7 +283,7 @@ def test_an_overlong_prompt_is_refused_with_both_numbers_and_early(server: Runni
 # Keys and strangers
 
 KEY = "a-key-of-some-length"
-SCRIPTS = ("app", "markdown", "picture", "server", "store")
+SCRIPTS = ("answer", "app", "asides", "markdown", "picture", "server", "store", "turns")
 
 
 def test_every_route_but_health_and_assets_wants_the_key(engine: Any) -> None:

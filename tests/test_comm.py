@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -151,7 +152,10 @@ def check_received_rows_outlive_later_exchanges(comm: Comm, buffers: Buffers) ->
             kept[number] = came[1:]
         assert all(rows.eq(float(then)).all() for then, rows in kept.items())
         del came
-    assert comm.place.role is Role.ATTENTION or buffers.free_bytes >= 4 * AG * width
+    until = time.monotonic() + 20  # the transport's thread lets go of the last ones in its own time
+    while comm.place.role is Role.EXPERT and buffers.free_bytes < 4 * AG * width:
+        assert time.monotonic() < until, buffers.free_bytes
+        time.sleep(0.01)
 
 
 def check_what_must_fail(rank: int) -> None:

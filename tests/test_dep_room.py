@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from duoserve.depsubject import known_model
+from duoserve.sizing import CACHE
 
 LENGTH, MORE = 256, 1.08
 
@@ -45,7 +46,7 @@ def attended(model: Any) -> float:
     cache = transformers.DynamicCache(config=config)
     with torch.no_grad(), Live() as live:
         rotary = model.model.rotary_emb(x_BSD, pos_BS)
-        attention(x_BSD, position_embeddings=rotary, attention_mask=None, past_key_values=cache)
+        attention(x_BSD, position_embeddings=rotary, attention_mask=None, **{CACHE: cache})
     return live.peak / LENGTH / x_BSD.element_size()
 
 
