@@ -57,7 +57,7 @@ class Asked:
 
 
 class Answer(NamedTuple):
-    """As `duoserve.engine.Answer`, of prompt number `prompt`."""
+    """As `duoserve.answer.Answer`, of prompt number `prompt`."""
 
     prompt: int
     text: str

@@ -1,13 +1,12 @@
 """What the page makes of an answer beside its text: thoughts, tables, questions written anew."""
 
-# ruff: noqa: F811  (fixtures of test_page)
+# ruff: noqa: F811  (fixtures of pages; `script` is our own)
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
-from typing import Any
+from collections.abc import AsyncIterator
 
 import pytest
-from pages import Script, Site, answered, browser, demo, look, needs_chromium, send, stand_in, thorough  # noqa: F401
+from pages import Script, Site, answered, browser, demo, look, needs_chromium, send, site, thorough  # noqa: F401
 
 
 class Thinker(Script):
@@ -28,14 +27,6 @@ class Thinker(Script):
 @pytest.fixture
 def script() -> Thinker:
     return Thinker()
-
-
-@pytest.fixture
-def site(script: Thinker, look: dict[str, Any], browser: Any) -> Iterator[Site]:
-    site = Site(stand_in(script, look), browser)
-    yield site
-    script.hold.clear()
-    site.close()
 
 
 THOUGHT = ".turn[data-role=assistant] >> nth=-1 >> .thought"
