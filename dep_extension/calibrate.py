@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dep_extension.cost import Line, Machine, Split
+from dep_extension.plainjson import write_json
 
 KIND, VERSION = "duoserve-dep-machine", 1
 MAX_BYTES, MAX_LINKS, MAX_NAME = 4 << 20, 100_000, 1000
@@ -258,10 +259,7 @@ def save(machine: Machine, path: Path, r2: Mapping[str, float] | None = None) ->
     """As JSON, whole or not at all."""
     links = [[split.ag, split.eg, *line] for split, line in sorted(machine.links.items())]
     fields = {name: getattr(machine, name) for name in Machine.__dataclass_fields__} | {"links": links}
-    data = {"kind": KIND, "version": VERSION, **fields, "r2": dict(r2 or {})}
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    beside.replace(path)
+    write_json(path, {"kind": KIND, "version": VERSION, **fields, "r2": dict(r2 or {})}, indent=1)
 
 
 def load(path: Path, here: str | Collection[str] | None = None) -> Machine:

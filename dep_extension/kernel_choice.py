@@ -20,6 +20,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dep_extension.plainjson import write_json
+
 KIND, VERSION = "duoserve-kernel-table", 1
 MAX_BYTES, MAX_ROWS = 4 << 20, 100_000
 TRIALS = 20  # after half as many that warm up, as FinDEP measures
@@ -96,10 +98,9 @@ class Table:
         return self.points[shape]
 
     def save(self, path: Path) -> None:
+        """As JSON, whole or not at all."""
         rows = [[*shape, [list(p) for p in points]] for shape, points in self.points.items()]
-        path.write_text(
-            json.dumps({"kind": KIND, "version": VERSION, "machine": self.machine, "shapes": rows}, indent=1)
-        )
+        write_json(path, {"kind": KIND, "version": VERSION, "machine": self.machine, "shapes": rows}, indent=1)
 
     @classmethod
     def load(cls, path: Path, machine: str | None = None) -> Table:

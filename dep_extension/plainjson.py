@@ -1,5 +1,5 @@
-"""Values out of a JSON file that somebody else wrote, each checked before it is used. Knows JSON and bounds; knows nothing
-of what a file is about. Everything here raises ValueError of one line.
+"""JSON files: written whole or not at all, and values out of one that somebody else wrote, each checked before it is used.
+Knows JSON and bounds; knows nothing of what a file is about. All that reads raises ValueError of one line.
 """
 
 from __future__ import annotations
@@ -17,6 +17,19 @@ MAX_TEXT = 200
 def read_json(path: Path, most: int) -> Any:
     """Of a plain file of at most `most` bytes: no name twice, no number that is none."""
     return json.loads(_bytes(path, most), parse_constant=_refuse, object_pairs_hook=_once)
+
+
+def write_json(path: Path, data: Any, indent: int | None = None) -> None:
+    """Replace the file at once: a reader sees the old one or the new one. OSError names the file and the bytes it takes."""
+    said = (json.dumps(data, allow_nan=False, indent=indent) + "\n").encode()
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        aside.write_bytes(said)
+        aside.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror} for {len(said):,} bytes", str(path)) from error
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def _bytes(path: Path, most: int) -> bytes:

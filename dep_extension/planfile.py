@@ -12,15 +12,13 @@ scripts; it is not read.
 
 from __future__ import annotations
 
-import json
-import os
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dep_extension.cost import Split
 from dep_extension.placement import Placement
-from dep_extension.plainjson import MAX_TEXT, count, number, only, read_json, several, shown, text, values
+from dep_extension.plainjson import MAX_TEXT, count, number, only, read_json, several, shown, text, values, write_json
 from dep_extension.problemfile import problem_from_json, problem_to_json
 from dep_extension.schedule import Turn, turns
 from dep_extension.solver import Plan, Problem, as_planned
@@ -50,9 +48,7 @@ def to_json(plan: Plan, model: str, machine: str, problem: Problem | None = None
 
 def save(plan: Plan, path: Path, model: str, machine: str, problem: Problem | None = None) -> None:
     """Replace the file at once: a reader sees the old one or the new one."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(json.dumps(to_json(plan, model, machine, problem), allow_nan=False) + "\n", encoding="utf-8")
-    aside.replace(path)
+    write_json(path, to_json(plan, model, machine, problem))
 
 
 def load(path: Path) -> Plan:

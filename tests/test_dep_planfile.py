@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 
 from dep_extension.cost import Line, Machine, Model, Split
 from dep_extension.imbalance import zipf
+from dep_extension.plainjson import write_json
 from dep_extension.planfile import MAX_BYTES, load, read, save, to_json
 from dep_extension.problemfile import MAX_CHUNKS, problem_to_json
 from dep_extension.schedule import every_order
@@ -37,6 +39,19 @@ def test_a_plan_comes_back_as_it_was(tmp_path: Path) -> None:
         assert load(tmp_path / "plan.json") == plan
         assert read(tmp_path / "plan.json")[1:] == ("a model", "a machine", None)
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"], "nothing is left beside it"
+
+
+def test_a_file_that_does_not_fit_leaves_the_old_one_and_says_how_much_it_takes(tmp_path: Path) -> None:
+    write_json(tmp_path / "table.json", {"old": 1})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(OSError, match=r"for 20,0\d\d bytes: .*table\.json"):
+            write_json(tmp_path / "table.json", {"new": "x" * 20_000})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert json.loads((tmp_path / "table.json").read_text()) == {"old": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["table.json"]
 
 
 def test_what_cannot_be_written_as_numbers_is_not(tmp_path: Path) -> None:
